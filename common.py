@@ -1,0 +1,360 @@
+"""What more than one stage uses: the guided DDIM step, the frame-wise decay, MiniC3D, and the agreements of the stages.
+
+Agreements are the data sets and their splits, the sizes, the model's parts, and how a video is read and written. How a
+folder of artifacts is identified, checked and written is in contract.py.
+"""
+
+import argparse
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from contract import ContractError, atomic
+
+NUM_FRAMES = 16  # frames of every clip, real or generated (section 4.1)
+LATENT_CHANNELS = 4  # of the published autoencoder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The method
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def linear_decay(strength, num_frames=NUM_FRAMES):
+    """Guidance strength per frame, eq. 8: lambda_f = lambda * (1 - f / F), f = 0 .. F-1. Returns float32 [F]."""
+    return strength * (1 - torch.arange(num_frames, dtype=torch.float32) / num_frames)
+
+
+def guided_ddim_step(scheduler, noise_pred, t, latents, prototypes, strengths):
+    """One DDIM step whose noise prediction is bent towards the prototypes (eq. 6, 9 and 10). Returns z_{t-1}.
+
+    scheduler: a diffusers DDIMScheduler with its timesteps set. noise_pred, latents, prototypes: float32
+    [n, 4, F, h, w], the noise prediction after classifier-free guidance. t: the timestep. strengths: [F] (linear_decay).
+
+    eps' = eps - lambda_f * sqrt(1 - abar_t) * (c - x0_hat). The paper's parent prints a plus, which moves the sample
+    away from the prototype; its Algorithm 1 has this sign (paper_facts.md 2.1). With strength 0 the result is the
+    library's own step, bit for bit.
+    """
+    alpha = scheduler.alphas_cumprod[t].to(latents)
+    x0_hat = (latents - (1 - alpha).sqrt() * noise_pred) / alpha.sqrt()
+    towards = prototypes - x0_hat  # eq. 6
+    scale = strengths.to(latents).view(1, 1, -1, 1, 1) * (1 - alpha).sqrt()
+    return scheduler.step(noise_pred - scale * towards, t, latents).prev_sample
+
+
+class MiniC3D(nn.Module):
+    """The evaluation network: three strided 3D convolutions without normalisation (protocol.md 3.1).
+
+    forward: float [n, 3, 16, S, S] -> logits [n, num_classes]. S from 43 px up; 3,647,666 parameters at 50 classes.
+    """
+
+    def __init__(self, num_classes):
+        super().__init__()
+        shape = dict(kernel_size=(3, 7, 7), stride=(1, 2, 2), padding=(1, 3, 3))
+        self.blocks = nn.Sequential(
+            nn.Conv3d(3, 64, **shape), nn.ReLU(), nn.MaxPool3d((1, 2, 2)),
+            nn.Conv3d(64, 128, **shape), nn.ReLU(), nn.MaxPool3d(2),
+            nn.Conv3d(128, 128, **shape), nn.ReLU(), nn.MaxPool3d(2),
+        )  # fmt: skip
+        self.dropout = nn.Dropout(0.5)
+        self.head = nn.Conv3d(128, num_classes, 1)
+
+    def forward(self, clips):
+        features = self.blocks(clips)  # [n, 128, 4, S', S'], S' = 2 at 112 px and 1 at 48 px
+        height, width = features.shape[-2:]
+        pooled = nn.functional.avg_pool3d(features, (2, min(2, height), min(2, width)), stride=1)
+        logits = self.head(self.dropout(pooled)).flatten(3).mean(3)  # one position is left in space: [n, classes, 3]
+        return logits.amax(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets
+# ---------------------------------------------------------------------------------------------------------------------
+
+HMDB51_CLASSES = tuple(
+    """brush_hair cartwheel catch chew clap climb climb_stairs dive draw_sword dribble drink eat fall_floor fencing
+    flic_flac golf handstand hit hug jump kick kick_ball kiss laugh pick pour pullup punch push pushup ride_bike
+    ride_horse run shake_hands shoot_ball shoot_bow shoot_gun sit situp smile smoke somersault stand swing_baseball
+    sword sword_exercise talk throw turn walk wave""".split()
+)
+UCF101_CLASSES = tuple(
+    """ApplyEyeMakeup ApplyLipstick Archery BabyCrawling BalanceBeam BandMarching BaseballPitch Basketball
+    BasketballDunk BenchPress Biking Billiards BlowDryHair BlowingCandles BodyWeightSquats Bowling BoxingPunchingBag
+    BoxingSpeedBag BreastStroke BrushingTeeth CleanAndJerk CliffDiving CricketBowling CricketShot CuttingInKitchen
+    Diving Drumming Fencing FieldHockeyPenalty FloorGymnastics FrisbeeCatch FrontCrawl GolfSwing Haircut HammerThrow
+    Hammering HandstandPushups HandstandWalking HeadMassage HighJump HorseRace HorseRiding HulaHoop IceDancing
+    JavelinThrow JugglingBalls JumpRope JumpingJack Kayaking Knitting LongJump Lunges MilitaryParade Mixing
+    MoppingFloor Nunchucks ParallelBars PizzaTossing PlayingCello PlayingDaf PlayingDhol PlayingFlute PlayingGuitar
+    PlayingPiano PlayingSitar PlayingTabla PlayingViolin PoleVault PommelHorse PullUps Punch PushUps Rafting
+    RockClimbingIndoor RopeClimbing Rowing SalsaSpin ShavingBeard Shotput SkateBoarding Skiing Skijet SkyDiving
+    SoccerJuggling SoccerPenalty StillRings SumoWrestling Surfing Swing TableTennisShot TaiChi TennisSwing ThrowDiscus
+    TrampolineJumping Typing UnevenBars VolleyballSpiking WalkingWithDog WallPushups WritingOnBoard YoYo""".split()
+)
+MINIUCF_CLASSES = tuple(  # 50 of UCF101's classes; not the set that is called UCF50
+    """ApplyEyeMakeup BalanceBeam BandMarching BaseballPitch Basketball BasketballDunk Biking Billiards BlowingCandles
+    Bowling BreastStroke CleanAndJerk CliffDiving CricketShot Diving FloorGymnastics FrisbeeCatch GolfSwing HammerThrow
+    HighJump HorseRace HorseRiding HulaHoop IceDancing JumpingJack Knitting MilitaryParade Mixing ParallelBars
+    PlayingPiano PlayingViolin PoleVault PommelHorse Punch Rafting Rowing SkateBoarding Skiing Skijet SkyDiving
+    SoccerPenalty StillRings SumoWrestling Surfing Swing TennisSwing TrampolineJumping UnevenBars VolleyballSpiking
+    WritingOnBoard""".split()
+)
+DEMO_CLASSES = ("Cartwheel", "JumpingJack", "Kick", "Punch", "SitDown", "StandUp", "Walk", "Wave")
+
+# Per data set: its classes in ASCII order; where the official archives unpack to below the data root; the generator's
+# frame (width, height); the plain resize (width, height) and the centre crop (side) that make the network's frame
+# (protocol.md 2); and the numbers of clips in the official lists (training, test).
+DATASETS = {
+    "hmdb51": dict(
+        classes=HMDB51_CLASSES, videos="HMDB51/hmdb51_org", lists="HMDB51/testTrainMulti_7030_splits",
+        size=(448, 256), resize=(160, 120), side=112, clips=(5236, 1530),
+    ),
+    "miniucf": dict(
+        classes=MINIUCF_CLASSES, videos="UCF101/UCF-101", lists="UCF101/ucfTrainTestlist",
+        size=(448, 256), resize=(160, 120), side=112, clips=(4662, 1861),
+    ),
+    "ucf101": dict(
+        classes=UCF101_CLASSES, videos="UCF101/UCF-101", lists="UCF101/ucfTrainTestlist",
+        size=(448, 256), resize=(160, 120), side=112, clips=(9537, 3783),
+    ),
+    "demo": dict(
+        classes=DEMO_CLASSES, videos="demo/UCF-101", lists="demo/ucfTrainTestlist",
+        size=(32, 32), resize=(48, 48), side=48, clips=(864, 336),
+    ),
+}  # fmt: skip
+
+HOW_TO_GET = {
+    "HMDB51": """Download hmdb51_org.rar (2 GB) and test_train_splits.rar from the official page,
+https://serre-lab.clps.brown.edu/resource/hmdb-a-large-human-motion-database/ , then (unrar or 7z x):
+  mkdir -p {root}/HMDB51/hmdb51_org && cd {root}/HMDB51
+  unrar x test_train_splits.rar
+  unrar x hmdb51_org.rar hmdb51_org/
+  cd hmdb51_org && for f in *.rar; do unrar x "$f" && rm "$f"; done
+The folder must then look like this:
+  {root}/HMDB51/hmdb51_org/<class>/<clip>.avi                         51 folders, 6,766 clips
+  {root}/HMDB51/testTrainMulti_7030_splits/<class>_test_split1.txt    51 files for split 1""",
+    "UCF101": """Download UCF101.rar (6.5 GB) and UCF101TrainTestSplits-RecognitionTask.zip from the official page,
+https://www.crcv.ucf.edu/research/data-sets/ucf101/ , then (unrar or 7z x):
+  mkdir -p {root}/UCF101 && cd {root}/UCF101
+  unrar x UCF101.rar
+  unzip UCF101TrainTestSplits-RecognitionTask.zip
+The folder must then look like this:
+  {root}/UCF101/UCF-101/<Class>/v_<Class>_g01_c01.avi        101 folders, 13,320 clips
+  {root}/UCF101/ucfTrainTestlist/trainlist01.txt, testlist01.txt, classInd.txt""",
+    "demo": """The demo's videos are drawn:
+  python demo/draw_videos.py --data-root {root}""",
+}
+
+
+def check_name(name, source):
+    """Returns `name`, one path component from a file that is not ours; ContractError when it could leave its folder.
+
+    Only such a check is safe: HMDB51's names hold `# [ ] ! & ; ( ) % @` and begin with `-`, so names are never passed
+    through a shell or a glob either.
+    """
+    if name in ("", ".", "..") or re.search(r"[/\\\x00-\x1f\x7f]", name) or len(name.encode()) > 250:
+        raise ContractError(f"{source}: refused name {name!r}\n  expected: a plain file name below the data root")
+    return name
+
+
+def list_clips(dataset, data_root):
+    """The clips of the official lists (split 1), sorted by class and name.
+
+    Returns a list of (class, name without .avi, split, official): split is "train" or "test"; official is False for
+    HMDB51's "unused" clips, which Dancing with Still Images and GVD train on too (protocol.md 1.2).
+    Raises ContractError when the lists are missing or hold a line that is no clip of the data set.
+    """
+    spec = DATASETS[dataset]
+    lists = Path(data_root) / spec["lists"]
+    if dataset == "hmdb51":
+        files = [(lists / f"{c}_test_split1.txt", c, None) for c in spec["classes"]]
+    else:
+        files = [(lists / "trainlist01.txt", None, "train"), (lists / "testlist01.txt", None, "test")]
+    clips = {}
+    for path, klass, split in files:
+        if not path.is_file():
+            raise ContractError(missing_data(dataset, data_root, path))
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            if dataset == "hmdb51":
+                found = re.fullmatch(r"(.+)\.avi ([012])", line.strip())
+                name, mark = found.groups() if found else (None, None)
+                label, split, official = klass, "test" if mark == "2" else "train", mark != "0"
+            else:
+                found = re.fullmatch(r"([^/]+)/(.+)\.avi(?: (\d+))?", line.strip())
+                label, name, official = (found.group(1), found.group(2), True) if found else (None, None, True)
+            if not found:
+                raise ContractError(f"{where}: refused {line.strip()!r}\n  expected: a <clip>.avi of the official list")
+            check_name(name, where)
+            if label not in UCF101_CLASSES + HMDB51_CLASSES + spec["classes"]:
+                raise ContractError(f"{where}: refused class {label!r}\n  expected: a class of {dataset}")
+            if label not in spec["classes"]:
+                continue  # MiniUCF reads UCF101's lists
+            if clips.setdefault((label, name), (split, official)) != (split, official):
+                raise ContractError(f"{where}: {name} stands twice, in training and in test")
+    return [(label, name, *clips[label, name]) for label, name in sorted(clips)]
+
+
+def missing_data(dataset, data_root, path):
+    """The message for a data set that is not there."""
+    how = HOW_TO_GET[DATASETS[dataset]["lists"].split("/")[0]].format(root=data_root)
+    return f"{dataset}: {path} is missing\n{how}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+# ---------------------------------------------------------------------------------------------------------------------
+
+MODELSCOPE = "ali-vilab/text-to-video-ms-1.7b"  # weights CC-BY-NC 4.0
+DEMO_MODEL = Path(__file__).resolve().parent / "demo" / "models" / "t2v"
+PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+
+
+def model_folder(args, parts=PARTS):
+    """The local folder of the text-to-video model in the published layout, with `parts`; a hub name is downloaded once.
+
+    Raises ContractError when it is not there, or when a part is missing.
+    """
+    name = args.model or (DEMO_MODEL if args.dataset == "demo" else MODELSCOPE)
+    folder = Path(name)
+    if not folder.is_dir():
+        if isinstance(name, Path) or str(name).count("/") != 1 or str(name).startswith((".", "/")):
+            raise ContractError(f"{name} is missing\n  expected: a folder with {', '.join(PARTS)}")
+        from huggingface_hub import snapshot_download
+
+        patterns = [f"{part}/{kind}" for part in PARTS for kind in ("*.json", "*.txt", "*.safetensors")]
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=patterns))
+        except Exception as error:
+            raise ContractError(
+                f"the model {name} is not on this machine and cannot be downloaded: {type(error).__name__}\n"
+                f"  expected: network access, or a folder with {', '.join(PARTS)}\n"
+                f"  where there is a network: hf download {name} --local-dir FOLDER ; then --model FOLDER"
+            ) from None
+    for part in parts:
+        if not (folder / part).is_dir():
+            raise ContractError(f"{folder / part} is missing\n  expected: a folder with {', '.join(PARTS)}")
+    return folder
+
+
+def load_part(folder, part, device, dtype):
+    """A network of the model (vae, text_encoder or unet) in evaluation mode; half-precision files where present."""
+    import diffusers
+    import transformers
+
+    kinds = {"vae": diffusers.AutoencoderKL, "unet": diffusers.UNet3DConditionModel}
+    kind = kinds.get(part, transformers.CLIPTextModel)
+    variant = "fp16" if any(".fp16." in path.name for path in (folder / part).iterdir()) else None
+    dtype = {"dtype" if part == "text_encoder" else "torch_dtype": dtype}
+    return kind.from_pretrained(folder / part, variant=variant, **dtype).to(device).eval().requires_grad_(False)
+
+
+def frame_size(text):
+    """WxH in pixels, for argparse: a pair of multiples of 8."""
+    found = re.fullmatch(r"(\d+)x(\d+)", text)
+    size = tuple(int(side) for side in found.groups()) if found else ()
+    if not size or min(size) < 8 or any(side % 8 for side in size):
+        raise argparse.ArgumentTypeError("must be WxH with sides that are multiples of 8, as 448x256")
+    return size
+
+
+def vae_factor(model):
+    """Pixels per latent pixel, in both directions: the VAE halves once per level but the last (8; the demo's 4)."""
+    return 2 ** (len(json.loads((model / "vae" / "config.json").read_bytes())["block_out_channels"]) - 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Videos
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class BadVideo(Exception):
+    """A video file that cannot be decoded as a whole."""
+
+
+def uniform_frames(count, offset=0.5):
+    """Indices of the 16 frames spread over `count`: floor((i + offset) * count / 16). Short videos repeat frames."""
+    return np.floor((np.arange(NUM_FRAMES) + offset) * count / NUM_FRAMES).astype(int)
+
+
+def read_video(path):
+    """All frames of a video file, uint8 RGB [n, height, width, 3], n >= 1.
+
+    Raises BadVideo when the file is missing, empty or broken, and when less than nine tenths of the frames that its
+    header states can be decoded.
+    """
+    import cv2
+
+    path = Path(path)
+    if not path.is_file():
+        raise BadVideo("no such file")
+    if path.stat().st_size == 0:
+        raise BadVideo("empty file")
+    capture = cv2.VideoCapture(str(path.absolute()), cv2.CAP_FFMPEG)  # absolute: a name may begin with - or file:
+    frames = []
+    try:
+        stated = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if capture.isOpened() else 0
+        while capture.isOpened():
+            good, frame = capture.read()
+            if not good:
+                break
+            frames.append(frame)
+    finally:
+        capture.release()
+    if not frames:
+        raise BadVideo("no frame can be decoded")
+    if len(frames) < 0.9 * stated:
+        raise BadVideo(f"only {len(frames)} of {stated} frames can be decoded")
+    return np.stack(frames)[..., ::-1]
+
+
+def resize_frames(frames, size):
+    """Plain bilinear resize of uint8 frames [n, h, w, 3] to `size` (width, height), aspect ratio ignored."""
+    import cv2
+
+    if (frames.shape[2], frames.shape[1]) == tuple(size):
+        return np.ascontiguousarray(frames)
+    return np.stack([cv2.resize(np.ascontiguousarray(f), tuple(size), interpolation=cv2.INTER_LINEAR) for f in frames])
+
+
+def network_clip(frames, dataset):
+    """Frames [16, h, w, 3] as the networks see them: resize and centre crop to uint8 [16, S, S, 3] (protocol.md 2)."""
+    spec = DATASETS[dataset]
+    (width, height), side = spec["resize"], spec["side"]
+    top, left = (height - side) // 2, (width - side) // 2
+    return resize_frames(frames, spec["resize"])[:, top : top + side, left : left + side]
+
+
+# At least 38 dB on real frames. The macroblock tree and processor-dependent code do not repeat their bytes.
+X264 = {"crf": "12", "tune": "psnr", "flags": "+bitexact", "x264-params": "cpu-independent=1:mbtree=0"}
+
+
+def write_mp4(path, frames, rate=8):
+    """Writes uint8 RGB frames [n, h, w, 3] (even sides) as H.264, yuv420p, at `rate` frames per second, atomically.
+
+    The same frames give the same bytes: one encoder thread, no dates, and the conversion to yuv420p done here, since the
+    encoder's own threaded conversion is not repeatable.
+    """
+    import av
+
+    with atomic(path) as handle, av.open(handle, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
+        stream = container.add_stream("libx264", rate=rate)
+        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+        stream.codec_context.thread_count = 1
+        stream.codec_context.options = dict(X264)
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            container.mux(stream.encode(picture.reformat(format="yuv420p")))
+        container.mux(stream.encode())
+
+
+def read_csv(path):
+    """The rows of a CSV file with a header, as dictionaries of strings."""
+    with open(path, encoding="utf-8", newline="") as handle:
+        return list(csv.DictReader(handle))

@@ -1,0 +1,544 @@
+"""The contract of an artifact folder: identity, manifest, fresh or stale, writes, seeds, errors, the shared options.
+
+Nothing here computes anything of the paper. A stage calls `identity` and `begin`, makes the files that are missing, and
+calls `finish`; it opens its input folders with `read_folder`. So a folder that is complete and unchanged is never made
+twice, one made by other code, options or inputs is kept aside, and a killed run goes on where it stopped.
+"""
+
+import argparse
+import ast
+import contextlib
+import copy
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+class ContractError(Exception):
+    """A file or folder that is not as agreed; shown to the user as one message, exit code 3."""
+
+
+COMMON = Path(__file__).with_name("common.py")
+SCHEMA = 1  # of manifest.json
+CONTRACT_VERSION = 1  # raise it when a change of this file changes the bytes of an artifact
+AUTOMATIC = ("device", "threads", "dtype")  # options that take the recorded value when they were not typed
+
+
+def generator(seed, *names):
+    """A CPU generator for one item: it depends on the seed and the item's names, on nothing else."""
+    value = hashlib.sha256("/".join(str(n) for n in (seed, *names)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(value[:8], "little") % 2**63)
+
+
+def arguments(doc, datasets, ipc=True):
+    """The parser of a stage: its docstring is its help; these options mean the same in every stage.
+
+    datasets: {name: {"classes": ..., "resize": ..., "side": ...}}, common.DATASETS.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", choices=sorted(datasets), help="data set")
+    if ipc:
+        parser.add_argument("ipc", type=positive, help="videos per class of the distilled data set")
+    parser.add_argument("--work-dir", type=Path, default=Path("work"), help="artifacts go to WORK_DIR/<data set> (work)")
+    parser.add_argument("--data-root", type=Path, default=Path("data"), help="folder that holds the data sets (data)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything that is drawn (0)")
+    parser.add_argument("--classes", help="only these classes, separated by commas (all)")
+    parser.add_argument("--limit", type=positive, help="at most this many items of each class: try an edit, with --name")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (a GPU where there is one)")
+    parser.add_argument("--threads", type=positive, help="CPU threads (the cores that this process may use)")
+    parser.add_argument("--redo", action="store_true", help="make changed files, or all if none is changed, again")
+    parser.add_argument("--accept-code", action="store_true", help="keep a folder whose code alone changed")
+    parser.add_argument("--dry-run", action="store_true", help="say what is fresh, stale or to do, and stop")
+    parser.add_argument("--after", metavar="NN", help=argparse.SUPPRESS)  # with --dry-run: stage NN will run before
+    parser.set_defaults(datasets=datasets)
+    return parser
+
+
+def positive(text):
+    """An integer of at least 1, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def parse(parser):
+    """Parses the command line; `args.classes` becomes a list in ASCII order, usage errors exit with 2."""
+    args = parser.parse_args()
+    args.spec = args.datasets[args.dataset]
+    known = args.spec["classes"]
+    wanted = args.classes.split(",") if args.classes else known
+    if unknown := [c for c in wanted if c not in known]:
+        parser.error(f"--classes: {args.dataset} has no class {unknown[0]!r}")
+    args.classes = sorted(set(wanted))
+    return args
+
+
+def work_folder(args, *parts):
+    """WORK_DIR/<data set>/<parts>."""
+    return Path(args.work_dir, args.dataset, *parts)
+
+
+def command(script, args, *extra):
+    """The command line that runs `script` for the same data set and folders, to be shown to the user."""
+    words = ["python", script, args.dataset]
+    if not script.startswith("01") and getattr(args, "ipc", None):
+        words.append(str(args.ipc))
+    for option, default in (("work_dir", Path("work")), ("data_root", Path("data")), ("seed", 0)):
+        if (value := getattr(args, option)) != default:
+            words += ["--" + option.replace("_", "-"), str(value)]
+    return shlex.join([*words, *map(str, extra)])
+
+
+def say(*words):
+    """Prints a line at once, on the screen and, once a folder is open, in its log.txt."""
+    print(*words, flush=True)
+    if open_log.path:
+        with open(open_log.path, "a") as log:
+            print(*words, file=log)
+
+
+def open_log(folder, identity):
+    """Starts a run's part of log.txt: command, versions, parameters and the source that runs."""
+    open_log.path = folder / "log.txt"
+    script = Path(sys.argv[0])
+    lines = [f"{time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(sys.argv)}", f"python {platform.python_version()}"]
+    lines += [f"{k} = {v}" for k, v in sorted(identity["parameters"].items())]
+    for path in (script, COMMON):
+        lines += ["=" * 20 + " " + path.name, path.read_text(), "=" * 20]
+    with open(open_log.path, "a") as log:
+        log.write("\n".join(lines) + "\n")
+
+
+open_log.path = None
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """A handle to a temporary file in the same folder that replaces `path` when the block ends without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        with open(temporary, "w+b") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    """JSON with sorted keys, atomically."""
+    with atomic(path) as handle:
+        handle.write((json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+
+
+def save_array(path, array):
+    """An .npy file in C order, atomically."""
+    with atomic(path) as handle:
+        np.save(handle, np.ascontiguousarray(array), allow_pickle=False)
+
+
+def load_array(path, shape, dtype, mend):
+    """An .npy file, memory-mapped, checked against `shape` (None: any length) and `dtype`."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        found = f"{array.dtype} {list(array.shape)}"
+        fits = array.dtype == np.dtype(dtype) and len(array.shape) == len(shape)
+        fits = fits and all(want in (None, have) for want, have in zip(shape, array.shape, strict=True))
+    except (OSError, ValueError, EOFError) as error:
+        found, fits = str(error), False
+    if not fits:
+        wanted = ", ".join("n" if side is None else str(side) for side in shape)
+        raise ContractError(f"{path} is no such array\n  expected: {dtype} [{wanted}]\n  found:    {found}\n  run: {mend}")
+    return array
+
+
+def read_json(path):
+    """The JSON of a file, None when there is no such file; ContractError when it is damaged."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ContractError(f"{path} is damaged\n  expected: JSON\n  found: {error}") from None
+
+
+def digest(value):
+    """sha256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+class Hashes:
+    """sha256 of files, remembered by size and modification time in WORK_DIR/.cache."""
+
+    def __init__(self, work_dir):
+        self.path, self.changed = Path(work_dir, ".cache", "sha256.json"), False
+        try:
+            self.known = json.loads(self.path.read_bytes())
+        except (OSError, ValueError):  # only a cache: it is made again
+            self.known = {}
+
+    def __call__(self, path):
+        state = os.stat(path)
+        key, stamp = os.path.abspath(path), [state.st_size, state.st_mtime_ns]
+        if self.known.get(key, [None])[0] != stamp:
+            with open(path, "rb") as handle:
+                self.known[key] = [stamp, hashlib.file_digest(handle, "sha256").hexdigest()]
+            self.changed = True
+        return self.known[key][1]
+
+    def save(self):
+        if self.changed:
+            with atomic(self.path) as handle:
+                handle.write(json.dumps(self.known).encode())
+            self.changed = False
+
+
+class Meaning(ast.NodeTransformer):
+    """Takes out of code what changes no value: docstrings, help and error texts, what is only printed."""
+
+    def visit_Expr(self, node):
+        if isinstance(node.value, ast.Constant):
+            return None
+        if isinstance(node.value, ast.Call):
+            function = node.value.func
+            if getattr(function, "attr", getattr(function, "id", "")) in ("print", "say", "error"):
+                node.value.args, node.value.keywords = [], []
+        return self.generic_visit(node)
+
+    def visit_Raise(self, node):
+        if isinstance(node.exc, ast.Call):
+            node.exc.args, node.exc.keywords = [], []
+        return self.generic_visit(node)
+
+    def visit_Call(self, node):
+        node.keywords = [k for k in node.keywords if k.arg != "help"]
+        return self.generic_visit(node)
+
+
+def definitions(path):
+    """{name: (node, meaning)} of a file's top level; the meaning of a short constant is its text, else a hash."""
+    found = {}
+    for node in ast.parse(Path(path).read_text()).body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            continue
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names = node.name
+        elif isinstance(node, ast.Assign):
+            names = ", ".join(ast.unparse(target) for target in node.targets)
+        else:
+            names = "(top level)"
+        if names.startswith("SECONDS"):  # only estimates for --dry-run
+            continue
+        meaning = Meaning().visit(copy.deepcopy(node))
+        text = ast.unparse(meaning) if meaning else ""
+        value = ast.unparse(node.value) if isinstance(node, ast.Assign) else ""
+        short = value if 0 < len(value) <= 60 and not re.search(r"[({]", value) else digest(text)[:16]
+        if names in found:
+            short = digest([found[names][1], short])[:16]
+        found[names] = (meaning or ast.Pass(), short)
+    return found
+
+
+def code_identity(script):
+    """{file: {definition: meaning}} of a stage and of the definitions of common.py that it reaches.
+
+    By `ast.unparse` without comments and docstrings, so neither of them changes it. Data sets enter an identity by their
+    own entry, and this file by CONTRACT_VERSION.
+    """
+    own, shared = definitions(script), definitions(COMMON)
+    reached, queue = {}, []
+    for node, _ in own.values():
+        for part in ast.walk(node):
+            if isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name) and part.value.id == "common":
+                queue.append(part.attr)
+    while queue:
+        name = queue.pop()
+        if name in shared and not name.endswith(("DATASETS", "_CLASSES")) and name not in reached:
+            node, reached[name] = shared[name]
+            queue += [part.id for part in ast.walk(node) if isinstance(part, ast.Name)]
+    return {Path(script).name: {n: meaning for n, (_, meaning) in own.items()}, "common.py": reached}
+
+
+def identity(script, args, parameters, inputs, classes):
+    """What decides every byte of an artifact folder.
+
+    parameters: {name: value} that can change a value; device, threads and dtype may be None: automatic. inputs:
+    {name: content hash}. classes: {class: content hash or dict of them} for inputs of one class, an extent: a folder may
+    grow by classes. The data set's own sizes and the seed are added.
+    """
+    spec = {k: v for k, v in args.spec.items() if k in ("resize", "side")}
+    found = {"device": args.device or ("cuda" if torch.cuda.is_available() else "cpu")}
+    found["threads"] = args.threads or len(os.sched_getaffinity(0))
+    found["dtype"] = "float32" if found["device"] == "cpu" else "bfloat16"
+    unset = [name for name in AUTOMATIC if name in parameters and parameters[name] is None]
+    values = {**parameters, **{name: found[name] for name in unset}, "seed": args.seed}
+    return {
+        "stage": Path(script).stem,
+        "contract": CONTRACT_VERSION,
+        "code": code_identity(script),
+        "data set": {"name": args.dataset, **json.loads(json.dumps(spec))},
+        "parameters": json.loads(json.dumps(values)),
+        "inputs": inputs,
+        "classes": classes,
+        "automatic": unset,
+    }
+
+
+def differences(old, new):
+    """[(kind, text)] of what makes folder `old` another than `new`; kind is "code" or "value"."""
+    found = []
+    for file in sorted({*old["code"], *new["code"]}):
+        before, after = old["code"].get(file, {}), new["code"].get(file, {})
+        for name in sorted({*before, *after}):
+            a, b = before.get(name, "nothing"), after.get(name, "nothing")
+            if a != b:
+                hashed = any(re.fullmatch("[0-9a-f]{16}", x) for x in (a, b))
+                found.append(("code", f"{name} in {file} changed" if hashed else f"{name} {a} -> {b}"))
+    for part in ("parameters", "data set", "inputs"):
+        for name in sorted({*old[part], *new[part]}):
+            a, b = old[part].get(name), new[part].get(name)
+            if a != b and name not in new["automatic"]:
+                shown = f"{name} changed" if part == "inputs" else f"{name} {a} -> {b}"
+                found.append(("value", shown))
+    changed = [c for c in old["classes"] if c in new["classes"] and old["classes"][c] != new["classes"][c]]
+    if changed:
+        more = f" and {len(changed) - 1} more classes" if len(changed) > 1 else ""
+        found.append(("value", f"input of {changed[0]}{more} changed"))
+    if old["contract"] != new["contract"]:
+        found.append(("value", f"contract {old['contract']} -> {new['contract']}"))
+    return found
+
+
+def begin(folder, identity, wanted, args, cost):
+    """Decides what has to be made in `folder`. Returns (files to make or None when fresh, identity to use).
+
+    wanted: relative paths of the outputs asked for. cost: (name of an item, items, seconds and bytes of all of them,
+    machine), shown by --dry-run. Another identity's folder is renamed to <name>.old-<8 hex>, or taken back from there.
+    Raises ContractError when a file has changed since its manifest was written (--redo mends).
+    """
+    number, old = identity["stage"][:2], read_json(folder / "identity.json")
+    reasons = differences(old, identity) if old else []
+    notes = []
+    if old and reasons and args.accept_code and all(kind == "code" for kind, _ in reasons):
+        say(f"{number} accepted: " + "; ".join(text for _, text in reasons))
+        identity["accepted code"] = old.get("accepted code", []) + [digest(old["code"])[:8]]
+        reasons = []
+    elif reasons:
+        notes.append("stale: " + "; ".join(text for _, text in reasons))
+        if not args.dry_run:
+            say(f"{number} {notes[0]}")
+            aside = folder.with_name(f"{folder.name}.old-{digest(old)[:8]}")
+            say(f"{number} the folder is kept as {aside.name}")
+            os.rename(folder, aside)
+        old = None
+    place = folder
+    if not old:
+        for candidate in sorted(folder.parent.iterdir()) if folder.parent.is_dir() else []:
+            kept = read_json(candidate / "identity.json") if candidate.name.startswith(folder.name + ".old-") else None
+            if kept and not differences(kept, identity):
+                old, place = kept, candidate
+                notes.append(f"taken back from {candidate.name}")
+                if not args.dry_run:
+                    say(f"{number} {notes[-1]}")
+                    os.rename(candidate, folder)
+                    place = folder
+                break
+    if old:  # the folder grows by classes; what was automatic stays what it was
+        identity["classes"] = {**old["classes"], **identity["classes"]}
+        identity["parameters"].update({name: old["parameters"][name] for name in identity["automatic"]})
+        if "accepted code" in old:
+            identity.setdefault("accepted code", old["accepted code"])
+    identity["automatic"] = []
+
+    listed, hashes = {}, Hashes(args.work_dir)
+    manifest = read_manifest(place, args) if old else None
+    changed = []
+    for name, entry in manifest["outputs"].items() if manifest else ():
+        if (place / name).is_file():
+            found = hashes(place / name)
+            listed[name] = entry
+            if found != entry["sha256"]:
+                changed.append((name, entry["sha256"], found))
+    if changed and not (args.redo or args.dry_run):
+        name, expected, found = changed[0]
+        raise ContractError(
+            f"{folder / name} has changed since it was made ({len(changed)} changed in all)\n  expected: sha256 {expected}"
+            f"\n  found:    sha256 {found}\n  to make it again: {again(args)}"
+        )
+    redo = set()
+    if args.redo:
+        redo = {name for name, *_ in changed} or set(wanted)
+    missing = [name for name in wanted if name in redo or not (place / name).is_file()]
+    complete = manifest and not missing and not redo and all(name in manifest["outputs"] for name in wanted)
+    complete = complete and manifest["identity"] == {k: v for k, v in identity.items() if k != "automatic"}
+    hashes.save()
+    if args.dry_run:
+        what, items, seconds, size, machine = cost
+        share = len(missing) / max(1, len(wanted))
+        done = f"{round(items * (1 - share)):,} of {items:,} {what}"
+        rest = f"; about {seconds * share / 3600:.2g} h on {machine}, {size * share / 1e9:.2g} GB to write"
+        print(f"{number} {'; '.join(notes) + '; ' if notes else ''}" + ("fresh" if complete else done + rest))
+        return None, identity
+    if complete:
+        say(f"{number} fresh: {folder}")
+        return None, identity
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_temporaries(folder)
+    for name in redo:
+        (folder / name).unlink(missing_ok=True)
+    write_json(folder / "identity.json", {k: v for k, v in identity.items() if k != "automatic"})
+    open_log(folder, identity)
+    device = identity["parameters"].get("device", "cpu")
+    if missing and device.startswith("cuda") and not torch.cuda.is_available():
+        raise ContractError(f"{folder} was begun on {device}, and there is no such device here\n  type --device cpu")
+    torch.set_num_threads(identity["parameters"].get("threads") or len(os.sched_getaffinity(0)))
+    begin.started = time.monotonic()
+    return missing, identity
+
+
+def again(args):
+    """This run's own command with --redo."""
+    return shlex.join(["python", Path(sys.argv[0]).name, *(a for a in sys.argv[1:] if a != "--dry-run"), "--redo"])
+
+
+def remove_temporaries(folder):
+    """Removes what a killed run left behind; files of a process that is alive stay."""
+    for path in Path(folder).rglob(".tmp-*"):
+        pid = path.name.split("-")[1]
+        if not (pid.isdigit() and Path("/proc", pid).exists() and int(pid) != os.getpid()):
+            path.unlink(missing_ok=True)
+
+
+def finish(folder, identity, wanted, args, packages, kinds=None):
+    """Writes the manifest, the last file: every output with shape, dtype, bytes and sha256. Then timing.json.
+
+    kinds: {path: (shape, dtype)} of the outputs that are no .npy. packages: libraries whose versions are recorded.
+    """
+    identity = {k: v for k, v in identity.items() if k != "automatic"}
+    earlier = read_json(folder / "manifest.json") or {"outputs": {}}
+    hashes, outputs = Hashes(args.work_dir), {}
+    for name in sorted({*earlier["outputs"], *wanted}):
+        if not (folder / name).is_file():
+            continue
+        if name.endswith(".npy"):
+            array = np.load(folder / name, mmap_mode="r", allow_pickle=False)
+            shape, dtype = list(array.shape), str(array.dtype)
+        elif name in (kinds or {}):
+            shape, dtype = kinds[name]
+        else:
+            shape, dtype = earlier["outputs"][name]["shape"], earlier["outputs"][name]["dtype"]
+        size = (folder / name).stat().st_size
+        outputs[name] = dict(shape=list(shape), dtype=dtype, bytes=size, sha256=hashes(folder / name))
+    versions = {p: importlib.metadata.version(p) for p in ("torch", "numpy", *packages)}
+    versions["python"] = platform.python_version()
+    device = identity["parameters"].get("device", "cpu")
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
+    manifest = dict(schema=SCHEMA, identity=identity, versions=versions, device=name, outputs=outputs)
+    seconds = time.monotonic() - begin.started
+    runs = (read_json(folder / "timing.json") or {"runs": []})["runs"]
+    write_json(folder / "timing.json", {"runs": [*runs, {"seconds": round(seconds, 2)}]})
+    write_json(folder / "manifest.json", {**manifest, "sha256": digest(manifest)})
+    hashes.save()
+    total = sum(entry["bytes"] for entry in outputs.values())
+    say(f"{identity['stage'][:2]} done: {len(outputs)} files, {total / 1e6:.1f} MB in {folder}, {seconds:.0f} s")
+
+
+def folder_hash(folder, args):
+    """Content hash of a folder that has no manifest, such as a model's part."""
+    hashes = Hashes(args.work_dir)
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    value = digest({path.relative_to(folder).as_posix(): hashes(path) for path in files})
+    hashes.save()
+    return value
+
+
+def read_manifest(folder, args):
+    """manifest.json of a folder, None when there is none; ContractError when it was changed."""
+    manifest = read_json(folder / "manifest.json")
+    if manifest is not None:
+        body = {k: v for k, v in manifest.items() if k != "sha256"}
+        if manifest.get("sha256") != digest(body) or manifest["identity"] != read_json(folder / "identity.json"):
+            if args.redo:
+                return None
+            raise ContractError(
+                f"{folder / 'manifest.json'} or identity.json has changed since it was written\n"
+                f"  expected: sha256 {manifest.get('sha256')}\n  found:    sha256 {digest(body)}\n"
+                f"  to make it again: {again(args)}"
+            )
+    return manifest
+
+
+def read_folder(folder, args, made_by):
+    """The manifest of a complete, undamaged input folder; ContractError names the command that mends it."""
+    mend = command(made_by, args)
+    manifest = read_json(folder / "manifest.json")
+    if manifest is None:
+        raise ContractError(
+            f"{folder / 'manifest.json'} is missing\n  expected: a complete folder\n  found: "
+            f"{'an incomplete one' if folder.exists() else 'none'}\n  to make it: {mend}"
+        )
+    mend += " --redo"
+    body = {k: v for k, v in manifest.items() if k != "sha256"}
+    if manifest.get("sha256") != digest(body):
+        raise ContractError(
+            f"{folder / 'manifest.json'} has changed since it was written\n  expected: sha256 {manifest.get('sha256')}\n"
+            f"  found:    sha256 {digest(body)}\n  to make it again: {mend}"
+        )
+    hashes = Hashes(args.work_dir)
+    for name, entry in manifest["outputs"].items():
+        path = folder / name
+        found = hashes(path) if path.is_file() else "no such file"
+        if found != entry["sha256"]:
+            raise ContractError(
+                f"{path} is damaged\n  expected: sha256 {entry['sha256']}, {entry['bytes']} bytes\n"
+                f"  found:    {found}\n  to make it again: {mend}"
+            )
+    hashes.save()
+    return manifest
+
+
+def need(manifest, names, folder, mend):
+    """ContractError when a complete input folder lacks files that this run needs: it was made for less."""
+    missing = [name for name in names if name not in manifest["outputs"]]
+    if missing:
+        raise ContractError(
+            f"{folder / missing[0]} is missing\n  expected: {len(names)} files\n  found:    {len(names) - len(missing)}\n"
+            f"  to make the rest: {mend}"
+        )
+
+
+def content(manifest, keep=lambda name: True):
+    """Content hash of an input folder, or of the part of it that is kept: names and bytes, not how they were made."""
+    return digest({name: e["sha256"] for name, e in manifest["outputs"].items() if keep(name)})
+
+
+def plan_after(args, number, cost, error=None):
+    """--dry-run of a stage whose input is not there yet."""
+    what, items, seconds, size, machine = cost
+    reason = f"after {args.after}" if args.after else "its input is not there yet"
+    print(f"{number} {reason}: 0 of {items:,} {what}; about {seconds / 3600:.2g} h on {machine}, {size / 1e9:.2g} GB to write")
+
+
+def run(main):
+    """Runs a stage's main: a broken contract is one message and exit code 3, no traceback."""
+    try:
+        main()
+    except ContractError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(3)
+    except KeyboardInterrupt:
+        sys.exit(130)

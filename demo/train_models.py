@@ -1,0 +1,331 @@
+"""Trains the demo's text-to-video model: an autoencoder, then a text encoder and a 3D U-Net, in the published layout.
+
+The networks are the library's own classes (AutoencoderKL, CLIPTextModel, UNet3DConditionModel) at a thousandth of the
+published size, with ModelScope's noise schedule, so that every stage runs on them by the code that runs the real model.
+Only the demo's training clips are used.
+
+Reads:   <data root>/demo (demo/draw_videos.py), prompts/demo.json, demo/models/t2v/tokenizer
+Writes:  demo/models/t2v/{vae,text_encoder,unet,scheduler,tokenizer}  and  demo/models/figures.json
+         work/demo_training/*.pt   checkpoints: a killed run goes on from the last one and ends with the same weights
+Run:     python demo/train_models.py                          everything
+         python demo/train_models.py --only vae               one part: vae, unet or figures
+         python demo/train_models.py --clip-tokenizer FOLDER  makes the trimmed tokenizer again, from CLIP's
+Cost:    on two CPU cores 10 minutes for the autoencoder and about 70 minutes for the U-Net
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from diffusers import AutoencoderKL, DDIMScheduler, UNet3DConditionModel  # noqa: E402
+from diffusers.models.attention_processor import AttnProcessor  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
+
+MODELS = ROOT / "demo" / "models"
+SEED = 0
+TEXT_LENGTH = 24  # tokens; the longest demo prompt has 20
+
+# Autoencoder: 3 levels, 4 latent channels, 32 px -> 8x8. AdamW, cosine rate.
+VAE_CHANNELS, VAE_STEPS, VAE_BATCH, VAE_RATE, KL_WEIGHT = (32, 64, 64), 1500, 64, 2e-3, 1e-4
+
+# U-Net and text encoder. AdamW; the rate warms up, stays, and falls to zero over the last 30 % of the steps.
+UNET_CHANNELS, HEAD, TEXT_WIDTH, TEXT_LAYERS = (48, 96), 16, 64, 2
+UNET_STEPS, UNET_BATCH, UNET_RATE, WARM_UP, COOL_DOWN = 8000, 8, 1e-3, 200, 0.3
+EMA = 0.999  # of the weights that are shipped
+TEXT_DROPOUT = 0.1  # share of clips trained with the empty prompt, for classifier-free guidance
+SNR_CLIP = 5.0  # loss weight min(SNR, 5) / SNR: the least noisy steps teach the least per clip
+LATENT_OFFSETS = (0.25, 0.75)  # the 16 frames of a training clip are taken twice, half a step apart, and mirrored
+CHECKPOINT_EVERY = 250  # steps
+
+BETAS = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+
+
+def step_generator(part, step):
+    """The generator of one training step: what a step draws depends on the seed, the part and the step only."""
+    digest = hashlib.sha256(f"{SEED}/{part}/{step}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
+
+
+def save_checkpoint(path, state):
+    """Atomically, so that a kill leaves the last complete checkpoint."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def training_clips(data_root):
+    """[(class, frames uint8 [n, 32, 32, 3])] of the demo's training clips."""
+    clips = [c for c in common.list_clips("demo", data_root) if c[2] == "train"]
+    folder = Path(data_root) / common.DATASETS["demo"]["videos"]
+    size = common.DATASETS["demo"]["size"]
+    return [
+        (label, common.resize_frames(common.read_video(folder / label / f"{name}.avi"), size))
+        for label, name, _, _ in tqdm(clips, desc="decode", mininterval=5)
+    ]
+
+
+def to_tensor(frames):
+    """uint8 [..., h, w, 3] -> float [..., 3, h, w] in -1 to 1."""
+    return torch.from_numpy(np.ascontiguousarray(frames)).movedim(-1, -3).float() / 127.5 - 1
+
+
+def trim_tokenizer(source, prompts):
+    """Writes CLIP's tokenizer with only the merges that the prompts' words need (and all single bytes)."""
+    full = CLIPTokenizer.from_pretrained(source)
+    merges = [tuple(line.split()) for line in Path(source, "merges.txt").read_text("utf-8").splitlines()[1:] if line]
+    rank = {pair: i for i, pair in enumerate(merges)}
+    words = sorted({token for text in prompts.values() for token in text.lower().replace(",", " , ").split()})
+    used = set()
+    for word in words:
+        parts = [*word[:-1], word[-1] + "</w>"]
+        while len(parts) > 1:
+            best = min(zip(parts, parts[1:], strict=False), key=lambda pair: rank.get(pair, len(rank)))
+            if best not in rank:
+                break
+            used.add(best)
+            i = next(i for i, pair in enumerate(zip(parts, parts[1:], strict=False)) if pair == best)
+            parts[i : i + 2] = ["".join(best)]
+    kept = sorted(used, key=rank.get)
+    vocabulary = full.get_vocab()
+    single = sorted((t for t in vocabulary if len(t.removesuffix("</w>")) == 1), key=vocabulary.get)
+    tokens = [*single, *("".join(pair) for pair in kept), "<|startoftext|>", "<|endoftext|>"]
+    small = CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges=kept, model_max_length=TEXT_LENGTH
+    )
+    for text in prompts.values():
+        assert small.convert_ids_to_tokens(small(text).input_ids) == full.convert_ids_to_tokens(full(text).input_ids)
+    small.save_pretrained(MODELS / "t2v" / "tokenizer")
+
+
+def make_vae():
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=VAE_CHANNELS,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=32,
+        mid_block_add_attention=False,
+        force_upcast=False,
+    )
+
+
+def train_vae(clips, work, device, steps):
+    """Trains and writes the autoencoder: squared error plus a little KL. The latents are centred at the end."""
+    torch.manual_seed(SEED)
+    vae = make_vae().to(device)
+    optimiser = torch.optim.AdamW(vae.parameters(), lr=VAE_RATE, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps, eta_min=VAE_RATE / 50)
+    frames = np.concatenate([f for _, f in clips])
+    start, path = 0, work / "vae.pt"
+    if path.exists():
+        saved = torch.load(path, weights_only=True)
+        start = saved["step"]
+        for part, name in ((vae, "vae"), (optimiser, "optimiser"), (schedule, "schedule")):
+            part.load_state_dict(saved[name])
+    bar = tqdm(range(start, steps), desc="vae", initial=start, total=steps, mininterval=5)
+    for step in bar:
+        generator = step_generator("vae", step)
+        x = to_tensor(frames[torch.randint(len(frames), (VAE_BATCH,), generator=generator).numpy()])
+        flip = torch.rand(VAE_BATCH, generator=generator) < 0.5
+        x = torch.where(flip[:, None, None, None], x.flip(-1), x).to(device)
+        noise = torch.randn(VAE_BATCH, 4, 8, 8, generator=generator).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            posterior = vae.encode(x).latent_dist
+            y = vae.decode(posterior.mean + posterior.std * noise).sample
+        error = F.mse_loss(y.float(), x)
+        loss = error + KL_WEIGHT * posterior.kl().mean() / (4 * 8 * 8)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        bar.set_postfix(dB=f"{10 * np.log10(4 / error.item()):.1f}", refresh=False)
+        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
+            state = dict(vae=vae.state_dict(), optimiser=optimiser.state_dict(), schedule=schedule.state_dict())
+            save_checkpoint(path, {"step": step + 1, **state})
+
+    # The mean latent is moved to zero inside the two 1x1 convolutions around it (the function stays the same), since a
+    # mean that shows through the noisiest step in training is absent there in sampling. Then scaling_factor = 1 / std.
+    vae.eval()
+    means = encode(vae, torch.cat([to_tensor(f[common.uniform_frames(len(f))]) for _, f in clips]), device)
+    centre = means.mean((0, 2, 3))
+    with torch.no_grad():
+        vae.quant_conv.bias[:4] -= centre.to(device)
+        vae.post_quant_conv.bias += (vae.post_quant_conv.weight[:, :, 0, 0] @ centre.to(device))
+    vae.register_to_config(scaling_factor=round(1 / (means - centre[None, :, None, None]).std().item(), 5))
+    vae.half().save_pretrained(MODELS / "t2v" / "vae")
+
+
+@torch.no_grad()
+def encode(vae, x, device, batch=256):
+    """Posterior means of frames [n, 3, h, w], float32 on the CPU, not yet scaled."""
+    return torch.cat([vae.encode(part.to(device)).latent_dist.mean.float().cpu() for part in x.split(batch)])
+
+
+def training_latents(clips, work, device):
+    """float32 [variants * n, 16, 4, 8, 8] scaled latents (two offsets, plain and mirrored), and class names."""
+    vae = AutoencoderKL.from_pretrained(MODELS / "t2v" / "vae", torch_dtype=torch.float32).to(device).eval()
+    latents = []
+    for offset in LATENT_OFFSETS:
+        for mirrored in (False, True):
+            x = torch.stack([to_tensor(f[common.uniform_frames(len(f), offset)]) for _, f in clips])
+            x = x.flip(-1) if mirrored else x
+            z = encode(vae, x.flatten(0, 1), device) * vae.config.scaling_factor
+            latents.append(z.unflatten(0, x.shape[:2]))
+    return torch.cat(latents), [label for label, _ in clips] * len(latents)
+
+
+def temporal_convolution(self, x):
+    """nn.Conv3d with kernel (3, 1, 1) as the equal 2D convolution, which the CPU's library runs faster in training."""
+    n, c, f, h, w = x.shape
+    y = F.conv2d(x.reshape(n, c, f, h * w), self.weight[..., 0], self.bias, padding=(1, 0))
+    return y.view(n, -1, f, h, w)
+
+
+def make_unet():
+    return UNet3DConditionModel(
+        sample_size=8,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        block_out_channels=UNET_CHANNELS,
+        layers_per_block=1,
+        norm_num_groups=16,
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=HEAD,
+    )
+
+
+def make_text_encoder(tokenizer):
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=2 * TEXT_WIDTH,
+            num_hidden_layers=TEXT_LAYERS,
+            num_attention_heads=4,
+            max_position_embeddings=TEXT_LENGTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def train_unet(latents, labels, prompts, work, device, steps):
+    """Noise prediction (eq. 3) of the U-Net and, with it, the text encoder; writes the averaged weights."""
+    torch.manual_seed(SEED)
+    scheduler = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    tokenizer = CLIPTokenizer.from_pretrained(MODELS / "t2v" / "tokenizer")
+    net = torch.nn.ModuleDict({"unet": make_unet(), "text_encoder": make_text_encoder(tokenizer)}).to(device)
+    net.eval()  # the temporal convolutions' dropout of 0.1 stays off: it costs a tenth of the time and quality
+    if device.type == "cpu":  # twice as fast in training as the fused attention's backward pass at this size
+        net["unet"].set_attn_processor(AttnProcessor())
+        for module in net.modules():
+            if isinstance(module, torch.nn.Conv3d) and module.kernel_size == (3, 1, 1):
+                module.forward = temporal_convolution.__get__(module)
+    ema = {name: p.detach().clone() for name, p in net.named_parameters()}
+    decayed = [p for p in net.parameters() if p.ndim > 1]
+    plain = [p for p in net.parameters() if p.ndim <= 1]
+    groups = [dict(params=decayed, weight_decay=1e-2), dict(params=plain, weight_decay=0.0)]
+    optimiser = torch.optim.AdamW(groups, lr=UNET_RATE, betas=(0.9, 0.99))
+
+    classes = sorted(prompts)
+    texts = [prompts[c] for c in classes] + [""]
+    padded = dict(padding="max_length", truncation=True, max_length=TEXT_LENGTH, return_tensors="pt")
+    ids = tokenizer(texts, **padded).input_ids.to(device)
+    label_ids = torch.tensor([classes.index(label) for label in labels])
+
+    start, path = 0, work / "unet.pt"
+    if path.exists():
+        saved = torch.load(path, weights_only=True)
+        start, ema = saved["step"], {n: p.to(device) for n, p in saved["ema"].items()}
+        net.load_state_dict(saved["net"])
+        optimiser.load_state_dict(saved["optimiser"])
+    bar, average = tqdm(range(start, steps), desc="unet", initial=start, total=steps, mininterval=5), None
+    for step in bar:
+        rate = UNET_RATE * min(1.0, (step + 1) / WARM_UP, (steps - step) / (COOL_DOWN * steps))
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        generator = step_generator("unet", step)
+        chosen = torch.randint(len(latents), (UNET_BATCH,), generator=generator)
+        dropped = torch.rand(UNET_BATCH, generator=generator) < TEXT_DROPOUT
+        text = torch.where(dropped, len(classes), label_ids[chosen]).to(device)
+        spread = (torch.arange(UNET_BATCH) + torch.rand(UNET_BATCH, generator=generator)) / UNET_BATCH
+        t = (spread * scheduler.config.num_train_timesteps).long()
+        x0 = latents[chosen].movedim(1, 2)  # [n, 4, 16, 8, 8], as the U-Net takes it
+        noise = torch.randn(x0.shape, generator=generator)
+        x = scheduler.add_noise(x0, noise, t).to(device)
+        alpha = scheduler.alphas_cumprod[t].to(device)
+        snr = alpha / (1 - alpha)
+        with torch.autocast(device.type, torch.bfloat16):
+            states = net["text_encoder"](ids).last_hidden_state[text]
+            predicted = net["unet"](x, t.to(device), states).sample
+        error = (predicted.float() - noise.to(device)).square().mean((1, 2, 3, 4))
+        loss = (error * snr.clamp(max=SNR_CLIP) / snr).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimiser.step()
+        decay = min(EMA, (step + 1) / (step + 10))
+        torch._foreach_lerp_(list(ema.values()), [p.detach() for p in net.parameters()], 1 - decay)
+        average = loss.item() if average is None else 0.99 * average + 0.01 * loss.item()
+        bar.set_postfix(loss=f"{average:.4f}", refresh=False)
+        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
+            state = dict(net=net.state_dict(), ema=ema, optimiser=optimiser.state_dict())
+            save_checkpoint(path, {"step": step + 1, **state})
+            export(net, ema, scheduler, work / "t2v" if step + 1 < steps else MODELS / "t2v")
+
+
+def export(net, ema, scheduler, folder):
+    """Writes U-Net, text encoder and schedule in the published layout, averaged weights in half precision."""
+    with torch.no_grad():
+        for part, make in (("unet", make_unet), ("text_encoder", None)):
+            module = make() if make else CLIPTextModel(net[part].config)
+            state = {n.removeprefix(part + "."): p.cpu() for n, p in ema.items() if n.startswith(part + ".")}
+            missing, unexpected = module.load_state_dict(state, strict=False)
+            assert not unexpected and not [n for n in missing if "position_ids" not in n], (missing, unexpected)
+            module.half().save_pretrained(folder / part)
+    scheduler.save_pretrained(folder / "scheduler")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-root", type=Path, default=ROOT / "data", help="folder that holds demo/ (data)")
+    parser.add_argument("--work", type=Path, default=ROOT / "work" / "demo_training", help="where checkpoints go")
+    parser.add_argument("--only", choices=("vae", "unet"), help="one part alone")
+    parser.add_argument("--clip-tokenizer", help="folder of CLIP's tokenizer: trims it anew")
+    parser.add_argument("--vae-steps", type=int, default=VAE_STEPS)
+    parser.add_argument("--unet-steps", type=int, default=UNET_STEPS)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    warnings.filterwarnings("ignore", message=".*Deprecated.*")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    prompts = json.loads((ROOT / "prompts" / "demo.json").read_text())
+    if args.clip_tokenizer:
+        trim_tokenizer(args.clip_tokenizer, prompts)
+    clips = training_clips(args.data_root)
+    if args.only in (None, "vae"):
+        train_vae(clips, args.work, device, args.vae_steps)
+    if args.only in (None, "unet"):
+        latents, labels = training_latents(clips, args.work, device)
+        train_unet(latents, labels, prompts, args.work, device, args.unet_steps)
+
+
+if __name__ == "__main__":
+    main()
