@@ -135,8 +135,8 @@ def main():
     wanted = ["index.csv", *(f"{c}.npy" for c in args.classes), *(f"index/{c}.csv" for c in args.classes)]
     clips_wanted = ["index.csv", *(f"index/{c}.csv" for c in args.classes)]
     clips_wanted += [f"{split}/{c}.npy" for split in ("train", "test") for c in args.classes]
-    todo, identity = contract.begin(latents_folder, identity, wanted, args, cost)
-    clips_todo, clips_identity = contract.begin(clips_folder, clips_identity, clips_wanted, args, cost)
+    todo, identity = contract.begin(latents_folder, identity, wanted, args, cost, ["index.csv"])
+    clips_todo, clips_identity = contract.begin(clips_folder, clips_identity, clips_wanted, args, cost, ["index.csv"])
     if todo is None and clips_todo is None:
         return
 

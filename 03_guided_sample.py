@@ -15,7 +15,6 @@ Differs: the minus sign, sigma_t = sqrt(1 - abar_t), 50 steps instead of 2000 an
          half (the schedule has 1000 steps; paper_facts.md 2.1, 2.5); the U-Net is the published one
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -52,7 +51,11 @@ def parse_args():
     parser.add_argument("--steps", type=contract.positive, help=f"DDIM steps ({STEPS_FULL}; demo {STEPS['demo']})")
     parser.add_argument("--cfg", type=float, help=f"classifier-free guidance scale ({CFG_FULL}; demo {CFG['demo']})")
     parser.add_argument("--draws", type=contract.positive, default=DRAWS, help=f"videos per prototype ({DRAWS})")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the U-Net (GPU: bfloat16)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the U-Net (bfloat16 where the device computes in it, else float32)",
+    )
     parser.add_argument("--micro-batch", type=contract.positive, default=BATCH, help=f"videos per forward on a GPU ({BATCH})")
     args = contract.parse(parser)
     args.steps = args.steps or STEPS.get(args.dataset, STEPS_FULL)

@@ -91,7 +91,7 @@ def main():
     inputs = {c: contract.content(manifest, lambda name, c=c: name in needed[c]) for c in args.classes}
     identity = contract.identity(__file__, args, {"ipc": args.ipc, "limit": args.limit}, {}, inputs)
     wanted = [f"{c}/{i}.mp4" for c in args.classes for i in range(number)] + ["metadata.csv"]
-    todo, identity = contract.begin(folder, identity, wanted, args, cost)
+    todo, identity = contract.begin(folder, identity, wanted, args, cost, ["metadata.csv"])
     if todo is None:
         return
     kinds = {}

@@ -30,6 +30,7 @@ class ContractError(Exception):
 
 COMMON = Path(__file__).with_name("common.py")
 SCHEMA = 1  # of manifest.json
+EARLIER = ".manifest.json"  # the manifest of a folder that is being extended or mended
 CONTRACT_VERSION = 1  # raise it when a change of this file changes the bytes of an artifact
 AUTOMATIC = ("device", "threads", "dtype")  # options that take the recorded value when they were not typed
 
@@ -283,7 +284,7 @@ def identity(script, args, parameters, inputs, classes):
     spec = {k: v for k, v in args.spec.items() if k in ("resize", "side")}
     found = {"device": args.device or ("cuda" if torch.cuda.is_available() else "cpu")}
     found["threads"] = args.threads or len(os.sched_getaffinity(0))
-    found["dtype"] = "float32" if found["device"] == "cpu" else "bfloat16"
+    found["dtype"] = "bfloat16" if has_bfloat16(found["device"]) else "float32"
     unset = [name for name in AUTOMATIC if name in parameters and parameters[name] is None]
     values = {**parameters, **{name: found[name] for name in unset}, "seed": args.seed}
     return {
@@ -298,8 +299,19 @@ def identity(script, args, parameters, inputs, classes):
     }
 
 
-def differences(old, new):
-    """[(kind, text)] of what makes folder `old` another than `new`; kind is "code" or "value"."""
+def has_bfloat16(device):
+    """Whether the device computes in bfloat16 natively, and so about twice as fast as in float32."""
+    if device != "cpu":
+        return torch.cuda.is_bf16_supported()
+    cpu = Path("/proc/cpuinfo")
+    return cpu.exists() and re.search(r"\b(avx512_bf16|amx_bf16)\b", cpu.read_text()) is not None
+
+
+def differences(old, new, made=None):
+    """[(kind, text)] of what makes folder `old` another than `new`; kind is "code" or "value".
+
+    made: whether a class has outputs; the input of one that has none may have changed.
+    """
     found = []
     for file in sorted({*old["code"], *new["code"]}):
         before, after = old["code"].get(file, {}), new["code"].get(file, {})
@@ -315,6 +327,7 @@ def differences(old, new):
                 shown = f"{name} changed" if part == "inputs" else f"{name} {a} -> {b}"
                 found.append(("value", shown))
     changed = [c for c in old["classes"] if c in new["classes"] and old["classes"][c] != new["classes"][c]]
+    changed = [c for c in changed if made is None or made(c)]
     if changed:
         more = f" and {len(changed) - 1} more classes" if len(changed) > 1 else ""
         found.append(("value", f"input of {changed[0]}{more} changed"))
@@ -323,15 +336,21 @@ def differences(old, new):
     return found
 
 
-def begin(folder, identity, wanted, args, cost):
+def begin(folder, identity, wanted, args, cost, derived=()):
     """Decides what has to be made in `folder`. Returns (files to make or None when fresh, identity to use).
 
     wanted: relative paths of the outputs asked for. cost: (name of an item, items, seconds and bytes of all of them,
-    machine), shown by --dry-run. Another identity's folder is renamed to <name>.old-<8 hex>, or taken back from there.
+    machine), shown by --dry-run. derived: outputs that are written anew at every extension. Another identity's folder is
+    renamed to <name>.old-<8 hex>, or taken back from there.
     Raises ContractError when a file has changed since its manifest was written (--redo mends).
     """
     number, old = identity["stage"][:2], read_json(folder / "identity.json")
-    reasons = differences(old, identity) if old else []
+
+    def made(label):
+        names = [name for name in wanted if label in (Path(name).stem, Path(name).parent.name)]
+        return any((folder / name).is_file() for name in names)
+
+    reasons = differences(old, identity, made) if old else []
     notes = []
     if old and reasons and args.accept_code and all(kind == "code" for kind, _ in reasons):
         say(f"{number} accepted: " + "; ".join(text for _, text in reasons))
@@ -364,13 +383,13 @@ def begin(folder, identity, wanted, args, cost):
             identity.setdefault("accepted code", old["accepted code"])
     identity["automatic"] = []
 
-    listed, hashes = {}, Hashes(args.work_dir)
+    hashes = Hashes(args.work_dir)
     manifest = read_manifest(place, args) if old else None
     changed = []
-    for name, entry in manifest["outputs"].items() if manifest else ():
-        if (place / name).is_file():
+    earlier = manifest or (read_json(place / EARLIER) if old else None)
+    for name, entry in earlier["outputs"].items() if earlier else ():
+        if (place / name).is_file() and (manifest or name not in derived):
             found = hashes(place / name)
-            listed[name] = entry
             if found != entry["sha256"]:
                 changed.append((name, entry["sha256"], found))
     if changed and not (args.redo or args.dry_run):
@@ -391,7 +410,8 @@ def begin(folder, identity, wanted, args, cost):
         share = len(missing) / max(1, len(wanted))
         done = f"{round(items * (1 - share)):,} of {items:,} {what}"
         rest = f"; about {seconds * share / 3600:.2g} h on {machine}, {size * share / 1e9:.2g} GB to write"
-        print(f"{number} {'; '.join(notes) + '; ' if notes else ''}" + ("fresh" if complete else done + rest))
+        state = f"fresh: {folder}" if complete else done + rest
+        print(f"{number} {'; '.join([*notes, state])}")
         return None, identity
     if complete:
         say(f"{number} fresh: {folder}")
@@ -400,6 +420,8 @@ def begin(folder, identity, wanted, args, cost):
     remove_temporaries(folder)
     for name in redo:
         (folder / name).unlink(missing_ok=True)
+    if manifest:  # not complete any more; what it lists is remembered
+        os.replace(folder / "manifest.json", folder / EARLIER)
     write_json(folder / "identity.json", {k: v for k, v in identity.items() if k != "automatic"})
     open_log(folder, identity)
     device = identity["parameters"].get("device", "cpu")
@@ -429,7 +451,7 @@ def finish(folder, identity, wanted, args, packages, kinds=None):
     kinds: {path: (shape, dtype)} of the outputs that are no .npy. packages: libraries whose versions are recorded.
     """
     identity = {k: v for k, v in identity.items() if k != "automatic"}
-    earlier = read_json(folder / "manifest.json") or {"outputs": {}}
+    earlier = read_json(folder / EARLIER) or {"outputs": {}}
     hashes, outputs = Hashes(args.work_dir), {}
     for name in sorted({*earlier["outputs"], *wanted}):
         if not (folder / name).is_file():
@@ -452,6 +474,7 @@ def finish(folder, identity, wanted, args, packages, kinds=None):
     runs = (read_json(folder / "timing.json") or {"runs": []})["runs"]
     write_json(folder / "timing.json", {"runs": [*runs, {"seconds": round(seconds, 2)}]})
     write_json(folder / "manifest.json", {**manifest, "sha256": digest(manifest)})
+    (folder / EARLIER).unlink(missing_ok=True)
     hashes.save()
     total = sum(entry["bytes"] for entry in outputs.values())
     say(f"{identity['stage'][:2]} done: {len(outputs)} files, {total / 1e6:.1f} MB in {folder}, {seconds:.0f} s")

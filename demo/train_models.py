@@ -166,7 +166,7 @@ def train_vae(clips, work, device, steps):
     centre = means.mean((0, 2, 3))
     with torch.no_grad():
         vae.quant_conv.bias[:4] -= centre.to(device)
-        vae.post_quant_conv.bias += (vae.post_quant_conv.weight[:, :, 0, 0] @ centre.to(device))
+        vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ centre.to(device)
     vae.register_to_config(scaling_factor=round(1 / (means - centre[None, :, None, None]).std().item(), 5))
     vae.half().save_pretrained(MODELS / "t2v" / "vae")
 

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Sets up like run_all.sh, then runs ruff and pytest. Arguments go to pytest: bash tests/run.sh -m slow
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. ./setup.sh
+"$python" -m ruff check .
+"$python" -m ruff format --check .
+exec "$python" -m pytest "$@"
