@@ -105,7 +105,7 @@ def say(*words):
     """Prints a line at once, on the screen and, once a folder is open, in its log.txt."""
     print(*words, flush=True)
     if open_log.path:
-        with open(open_log.path, "a") as log:
+        with open(open_log.path, "a", encoding="utf-8") as log:
             print(*words, file=log)
 
 
@@ -116,8 +116,8 @@ def open_log(folder, identity):
     lines = [f"{time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(sys.argv)}", f"python {platform.python_version()}"]
     lines += [f"{k} = {v}" for k, v in sorted(identity["parameters"].items())]
     for path in (script, COMMON):
-        lines += ["=" * 20 + " " + path.name, path.read_text(), "=" * 20]
-    with open(open_log.path, "a") as log:
+        lines += ["=" * 20 + " " + path.name, path.read_text("utf-8"), "=" * 20]
+    with open(open_log.path, "a", encoding="utf-8") as log:
         log.write("\n".join(lines) + "\n")
 
 
@@ -233,7 +233,7 @@ class Meaning(ast.NodeTransformer):
 def definitions(path):
     """{name: (node, meaning)} of a file's top level; the meaning of a short constant is its text, else a hash."""
     found = {}
-    for node in ast.parse(Path(path).read_text()).body:
+    for node in ast.parse(Path(path).read_text("utf-8")).body:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             continue
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):

@@ -43,7 +43,7 @@ VAE_CHANNELS, VAE_STEPS, VAE_BATCH, VAE_RATE, KL_WEIGHT = (32, 64, 64), 1500, 64
 
 # U-Net and text encoder. AdamW; the rate warms up, stays, and falls to zero over the last 30 % of the steps.
 UNET_CHANNELS, HEAD, TEXT_WIDTH, TEXT_LAYERS = (48, 96), 16, 64, 2
-UNET_STEPS, UNET_BATCH, UNET_RATE, WARM_UP, COOL_DOWN = 8000, 8, 1e-3, 200, 0.3
+UNET_STEPS, UNET_BATCH, UNET_RATE, WARM_UP, COOL_DOWN = 5500, 8, 1e-3, 200, 0.3
 EMA = 0.999  # of the weights that are shipped
 TEXT_DROPOUT = 0.1  # share of clips trained with the empty prompt, for classifier-free guidance
 SNR_CLIP = 5.0  # loss weight min(SNR, 5) / SNR: the least noisy steps teach the least per clip
