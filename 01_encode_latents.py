@@ -144,7 +144,7 @@ def main():
     width, height = args.size[0] // factor, args.size[1] // factor
     vae, device = None, torch.device(identity["parameters"]["device"])
     if todo is not None:
-        vae = common.load_part(model, "vae", device, torch.float32)
+        vae = common.load_part(model / "vae", "vae", device, torch.float32)
     stems = {name.rsplit("/", 1)[-1].rsplit(".", 1)[0] for name in [*(todo or []), *(clips_todo or [])]}
     bad = []
     for label in tqdm([c for c in args.classes if c in stems], desc="01 classes", mininterval=1):

@@ -44,7 +44,7 @@ def parse_args():
     parser.add_argument("--name", default="gvd", help="name of the folder (gvd)")
     parser.add_argument("--prototypes", default="direct", help="folder of stage 02 (direct)")
     parser.add_argument("--model", help="folder or hub name of the text-to-video model (demo/models/t2v, ModelScope)")
-    parser.add_argument("--unet", default="published", help="folder of another U-Net for the model (published)")
+    parser.add_argument("--unet", default="published", help="folder of another U-Net, in diffusers layout (published)")
     parser.add_argument("--prompt-file", type=Path, help="JSON {class: prompt} (prompts/<data set>.json)")
     parser.add_argument("--guidance", type=float, default=GUIDANCE, help=f"strength lambda ({GUIDANCE})")
     parser.add_argument("--stop", type=float, default=STOP, help=f"guide while t > STOP * T ({STOP})")
@@ -104,7 +104,7 @@ def embed(folder, prompts, device):
     from transformers import CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    encoder = common.load_part(folder, "text_encoder", device, torch.float32)
+    encoder = common.load_part(folder / "text_encoder", "text_encoder", device, torch.float32)
     embeddings = {}
     for prompt in ("", *sorted(set(prompts.values()))):
         options = {"padding": "max_length", "truncation": True, "max_length": tokenizer.model_max_length}
@@ -174,13 +174,16 @@ def main():
     mend = contract.command("02_kmeans_prototypes.py", args)
     contract.need(manifest, [f"{c}.npy" for c in args.classes], source, mend)
     model = common.model_folder(args)
-    unet_folder = model if args.unet == "published" else Path(args.unet)
+    unet_folder = model / "unet" if args.unet == "published" else Path(args.unet)
+
+    if not (unet_folder / "config.json").is_file():
+        raise contract.ContractError(f"{unet_folder / 'config.json'} is missing\n  expected: a U-Net in diffusers layout")
 
     folder = contract.work_folder(args, "03_samples", f"ipc{args.ipc}", args.name)
     names = ("guidance", "stop", "steps", "cfg", "limit", "device", "threads", "dtype")
     settings = {"ipc": args.ipc, **{name: getattr(args, name) for name in names}}
     inputs = {part: contract.folder_hash(model / part, args) for part in common.PARTS if part != "unet"}
-    inputs["unet"] = contract.folder_hash(unet_folder / "unet", args)
+    inputs["unet"] = contract.folder_hash(unet_folder, args)
     of_class = {
         c: contract.digest([prompts[c], manifest["outputs"][f"{c}.npy"]["sha256"], manifest["outputs"][f"{c}.npy"]["shape"]])
         for c in args.classes
@@ -204,7 +207,7 @@ def main():
     set_timesteps(scheduler, args.steps)
     embeddings = embed(model, prompts, device)
     unet = common.load_part(unet_folder, "unet", device, dtype)
-    vae = common.load_part(model, "vae", device, torch.float32)
+    vae = common.load_part(model / "vae", "vae", device, torch.float32)
     todo, factor = set(todo), common.vae_factor(model)
     contract.say(f"03 {args.steps} DDIM steps, classifier-free guidance {args.cfg}, lambda {args.guidance}, stop {args.stop}")
     bar = tqdm(total=len(wanted) // 2, initial=(len(wanted) - len(todo)) // 2, desc="03 videos", mininterval=1)

@@ -79,7 +79,10 @@ def parse_args():
 
 
 def real_clips(args, split, manifest):
-    """Real clips {class: (names, uint8 [n, 16, S, S, 3])} of a split; ContractError when a class has none."""
+    """Real clips {class: ({name: row}, uint8 [m, 16, S, S, 3])} of a split, the array still on the disk.
+
+    ContractError when a class has no clip, or for `random` fewer than it needs.
+    """
     folder = contract.work_folder(args, "01_clips")
     mend = contract.command("01_encode_latents.py", args)
     contract.need(manifest, [f"{split}/{c}.npy" for c in args.classes], folder, mend)
@@ -100,14 +103,15 @@ def real_clips(args, split, manifest):
             )
         path = folder / split / f"{label}.npy"
         array = contract.load_array(path, (None, None, common.NUM_FRAMES, side, side, 3), "uint8", mend)
-        clips[label] = ([row["name"] for row in of_class], array[[int(row["row"]) for row in of_class], 0])
+        clips[label] = ({row["name"]: int(row["row"]) for row in of_class}, array[:, 0])
     return clips
 
 
 def select_random(clips, ipc, seed, repeat):
     """{class: names} of `ipc` random training clips of each class, drawn for this repeat."""
     chosen = {}
-    for label, (names, _) in clips.items():
+    for label, (rows, _) in clips.items():
+        names = sorted(rows)
         order = torch.randperm(len(names), generator=contract.generator(seed, "05", "random", repeat, label))
         chosen[label] = sorted(names[i] for i in order[:ipc].tolist())
     return chosen
@@ -135,7 +139,7 @@ def find_videos(args):
 
 
 def read_set(folder, videos, args):
-    """Videos as the networks see them, by the path of the real clips: {class: (names, uint8 [n, 16, S, S, 3])}."""
+    """Videos as the networks see them, by the path of the real clips: {class: ({name: row}, uint8 [n, 16, S, S, 3])}."""
     clips = {}
     for label, names in tqdm(videos.items(), desc="05 read", mininterval=1):
         arrays = []
@@ -145,16 +149,15 @@ def read_set(folder, videos, args):
             except common.BadVideo as error:
                 raise contract.ContractError(f"{folder / name}: {error}\n  expected: a video") from None
             arrays.append(common.network_clip(video[common.uniform_frames(len(video))], args.dataset))
-        clips[label] = (names, np.stack(arrays))
+        clips[label] = ({name: row for row, name in enumerate(names)}, np.stack(arrays))
     return clips
 
 
 def tensors(clips, device, keep=None):
     """(uint8 [n, 16, S, S, 3], labels [n]) on the device, classes in ASCII order; keep: {class: names} to choose."""
     arrays, labels = [], []
-    for index, (label, (names, array)) in enumerate(sorted(clips.items())):
-        rows = [names.index(name) for name in keep[label]] if keep else range(len(names))
-        arrays.append(array[list(rows)])
+    for index, (label, (rows, array)) in enumerate(sorted(clips.items())):
+        arrays.append(array[[rows[name] for name in (keep[label] if keep else rows)]])
         labels += [index] * len(arrays[-1])
     return torch.from_numpy(np.concatenate(arrays)).to(device), torch.tensor(labels, device=device)
 

@@ -225,7 +225,8 @@ def model_folder(args, parts=PARTS):
     folder = Path(name)
     if not folder.is_dir():
         if isinstance(name, Path) or str(name).count("/") != 1 or str(name).startswith((".", "/")):
-            raise ContractError(f"{name} is missing\n  expected: a folder with {', '.join(PARTS)}")
+            make = "\n  to make it: python demo/train_models.py" if name == DEMO_MODEL else ""
+            raise ContractError(f"{name} is missing\n  expected: a folder with {', '.join(PARTS)}{make}")
         from huggingface_hub import snapshot_download
 
         patterns = [f"{part}/{kind}" for part in PARTS for kind in ("*.json", "*.txt", "*.safetensors")]
@@ -244,15 +245,18 @@ def model_folder(args, parts=PARTS):
 
 
 def load_part(folder, part, device, dtype):
-    """A network of the model (vae, text_encoder or unet) in evaluation mode; half-precision files where present."""
+    """A network of the model (part: vae, text_encoder or unet) from its folder, in evaluation mode.
+
+    Half-precision files are taken where present.
+    """
     import diffusers
     import transformers
 
     kinds = {"vae": diffusers.AutoencoderKL, "unet": diffusers.UNet3DConditionModel}
     kind = kinds.get(part, transformers.CLIPTextModel)
-    variant = "fp16" if any(".fp16." in path.name for path in (folder / part).iterdir()) else None
+    variant = "fp16" if any(".fp16." in path.name for path in folder.iterdir()) else None
     dtype = {"dtype" if part == "text_encoder" else "torch_dtype": dtype}
-    return kind.from_pretrained(folder / part, variant=variant, **dtype).to(device).eval().requires_grad_(False)
+    return kind.from_pretrained(folder, variant=variant, **dtype).to(device).eval().requires_grad_(False)
 
 
 def frame_size(text):

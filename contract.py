@@ -344,85 +344,45 @@ def begin(folder, identity, wanted, args, cost, derived=()):
     renamed to <name>.old-<8 hex>, or taken back from there.
     Raises ContractError when a file has changed since its manifest was written (--redo mends).
     """
-    number, old = identity["stage"][:2], read_json(folder / "identity.json")
-
-    def made(label):
-        names = [name for name in wanted if label in (Path(name).stem, Path(name).parent.name)]
-        return any((folder / name).is_file() for name in names)
-
-    reasons = differences(old, identity, made) if old else []
-    notes = []
-    if old and reasons and args.accept_code and all(kind == "code" for kind, _ in reasons):
-        say(f"{number} accepted: " + "; ".join(text for _, text in reasons))
-        identity["accepted code"] = old.get("accepted code", []) + [digest(old["code"])[:8]]
-        reasons = []
-    elif reasons:
-        notes.append("stale: " + "; ".join(text for _, text in reasons))
-        if not args.dry_run:
-            say(f"{number} {notes[0]}")
-            aside = folder.with_name(f"{folder.name}.old-{digest(old)[:8]}")
-            say(f"{number} the folder is kept as {aside.name}")
-            os.rename(folder, aside)
-        old = None
-    place = folder
-    if not old:
-        for candidate in sorted(folder.parent.iterdir()) if folder.parent.is_dir() else []:
-            kept = read_json(candidate / "identity.json") if candidate.name.startswith(folder.name + ".old-") else None
-            if kept and not differences(kept, identity):
-                old, place = kept, candidate
-                notes.append(f"taken back from {candidate.name}")
-                if not args.dry_run:
-                    say(f"{number} {notes[-1]}")
-                    os.rename(candidate, folder)
-                    place = folder
-                break
+    number = identity["stage"][:2]
+    place, old, notes = settle(folder, identity, wanted, args)
     if old:  # the folder grows by classes; what was automatic stays what it was
         identity["classes"] = {**old["classes"], **identity["classes"]}
         identity["parameters"].update({name: old["parameters"][name] for name in identity["automatic"]})
-        if "accepted code" in old:
-            identity.setdefault("accepted code", old["accepted code"])
-    identity["automatic"] = []
+        identity.setdefault("accepted code", old.get("accepted code", []))
+    identity.setdefault("accepted code", [])
+    del identity["automatic"]
 
-    hashes = Hashes(args.work_dir)
-    manifest = read_manifest(place, args) if old else None
-    changed = []
-    earlier = manifest or (read_json(place / EARLIER) if old else None)
-    for name, entry in earlier["outputs"].items() if earlier else ():
-        if (place / name).is_file() and (manifest or name not in derived):
-            found = hashes(place / name)
-            if found != entry["sha256"]:
-                changed.append((name, entry["sha256"], found))
+    manifest = read_json(place / "manifest.json") if place else None
+    changed = changed_files(place, manifest, derived, args) if place else []
     if changed and not (args.redo or args.dry_run):
         name, expected, found = changed[0]
         raise ContractError(
-            f"{folder / name} has changed since it was made ({len(changed)} changed in all)\n  expected: sha256 {expected}"
-            f"\n  found:    sha256 {found}\n  to make it again: {again(args)}"
+            f"{folder / name} has changed since it was made ({len(changed)} changed in all)\n"
+            f"  expected: sha256 {expected}\n  found:    sha256 {found}\n  to make it again: {again(args)}"
         )
-    redo = set()
-    if args.redo:
-        redo = {name for name, *_ in changed} or set(wanted)
-    missing = [name for name in wanted if name in redo or not (place / name).is_file()]
-    complete = manifest and not missing and not redo and all(name in manifest["outputs"] for name in wanted)
-    complete = complete and manifest["identity"] == {k: v for k, v in identity.items() if k != "automatic"}
-    hashes.save()
+    redo = ({name for name, *_ in changed} or set(wanted)) if args.redo else set()
+    missing = [name for name in wanted if name in redo or place is None or not (place / name).is_file()]
+    complete = manifest and not missing and not redo and {*wanted} <= {*manifest["outputs"]}
+    complete = complete and manifest["identity"] == identity
     if args.dry_run:
         what, items, seconds, size, machine = cost
         share = len(missing) / max(1, len(wanted))
         done = f"{round(items * (1 - share)):,} of {items:,} {what}"
         rest = f"; about {seconds * share / 3600:.2g} h on {machine}, {size * share / 1e9:.2g} GB to write"
-        state = f"fresh: {folder}" if complete else done + rest
-        print(f"{number} {'; '.join([*notes, state])}")
+        print(f"{number} {'; '.join([*notes, f'fresh: {folder}' if complete else done + rest])}")
         return None, identity
     if complete:
         say(f"{number} fresh: {folder}")
         return None, identity
+
     folder.mkdir(parents=True, exist_ok=True)
     remove_temporaries(folder)
     for name in redo:
         (folder / name).unlink(missing_ok=True)
     if manifest:  # not complete any more; what it lists is remembered
         os.replace(folder / "manifest.json", folder / EARLIER)
-    write_json(folder / "identity.json", {k: v for k, v in identity.items() if k != "automatic"})
+    write_json(folder / "identity.json", identity)
     open_log(folder, identity)
     device = identity["parameters"].get("device", "cpu")
     if missing and device.startswith("cuda") and not torch.cuda.is_available():
@@ -430,6 +390,107 @@ def begin(folder, identity, wanted, args, cost, derived=()):
     torch.set_num_threads(identity["parameters"].get("threads") or len(os.sched_getaffinity(0)))
     begin.started = time.monotonic()
     return missing, identity
+
+
+def settle(folder, identity, wanted, args):
+    """Puts a stale folder aside and takes one of this identity back. Returns (folder or None, its identity, notes).
+
+    With --dry-run nothing is moved: the folder returned is the one that would be used.
+    """
+    number, notes = identity["stage"][:2], []
+
+    def note(text):
+        notes.append(text)
+        if not args.dry_run:
+            say(f"{number} {text}")
+
+    def put_aside(label):
+        if not args.dry_run:
+            os.rename(folder, folder.with_name(f"{folder.name}.old-{label}"))
+            say(f"{number} the folder is kept as {folder.name}.old-{label}")
+
+    def made(label):
+        names = [name for name in wanted if label in (Path(name).stem, Path(name).parent.name)]
+        return any((folder / name).is_file() for name in names)
+
+    try:
+        old = recorded_identity(folder, args)
+    except ContractError:
+        if not args.redo:
+            raise
+        put_aside(digest((folder / "manifest.json").read_bytes().hex())[:8])
+        old = None
+    if old:
+        reasons = differences(old, identity, made)
+        if not reasons:
+            return folder, old, notes
+        texts = "; ".join(text for _, text in reasons)
+        if args.accept_code and all(kind == "code" for kind, _ in reasons):
+            note(f"accepted: {texts}")
+            identity["accepted code"] = [*old.get("accepted code", []), digest(old["code"])[:8]]
+            return folder, old, notes
+        note(f"stale: {texts}")
+        put_aside(digest(old)[:8])
+    for kept in sorted(folder.parent.iterdir()) if folder.parent.is_dir() else []:
+        if kept.name.startswith(folder.name + ".old-"):
+            with contextlib.suppress(ContractError):  # a damaged one stays aside
+                old = recorded_identity(kept, args)
+                if old and not differences(old, identity):
+                    note(f"taken back from {kept.name}")
+                    if args.dry_run:
+                        return kept, old, notes
+                    os.rename(kept, folder)
+                    return folder, old, notes
+    return None, None, notes
+
+
+def recorded_identity(folder, args):
+    """The identity of a folder, None when there is none; ContractError when it or the manifest was changed."""
+    if not (folder / "manifest.json").exists():
+        return read_json(folder / "identity.json")
+    manifest = checked_manifest(folder, again(args))
+    try:
+        same = read_json(folder / "identity.json") == manifest["identity"]
+    except ContractError:
+        same = False
+    if not same:
+        raise ContractError(
+            f"{folder / 'identity.json'} has changed since it was written\n  expected: the identity in manifest.json\n"
+            f"  found:    another\n  to make it again: {again(args)}"
+        )
+    return manifest["identity"]
+
+
+def checked_manifest(folder, mend):
+    """manifest.json of a folder; ContractError when it was changed since it was written."""
+    try:
+        manifest = read_json(folder / "manifest.json")
+        body = {k: v for k, v in manifest.items() if k != "sha256"}
+        expected, found = manifest.get("sha256"), digest(body)
+    except (ContractError, AttributeError):
+        expected, found = "JSON", "no JSON object"
+    if expected != found:
+        raise ContractError(
+            f"{folder / 'manifest.json'} has changed since it was written\n  expected: sha256 {expected}\n"
+            f"  found:    sha256 {found}\n  to make it again: {mend}"
+        )
+    return manifest
+
+
+def changed_files(folder, manifest, derived, args):
+    """[(name, expected sha256, found sha256)] of the outputs that have changed since the manifest was written.
+
+    A folder that was being extended has the manifest of before, in which the derived outputs may be older.
+    """
+    hashes, changed = Hashes(args.work_dir), []
+    earlier = manifest or read_json(folder / EARLIER)
+    for name, entry in earlier["outputs"].items() if earlier else ():
+        if (folder / name).is_file() and (manifest or name not in derived):
+            found = hashes(folder / name)
+            if found != entry["sha256"]:
+                changed.append((name, entry["sha256"], found))
+    hashes.save()
+    return changed
 
 
 def again(args):
@@ -450,7 +511,6 @@ def finish(folder, identity, wanted, args, packages, kinds=None):
 
     kinds: {path: (shape, dtype)} of the outputs that are no .npy. packages: libraries whose versions are recorded.
     """
-    identity = {k: v for k, v in identity.items() if k != "automatic"}
     earlier = read_json(folder / EARLIER) or {"outputs": {}}
     hashes, outputs = Hashes(args.work_dir), {}
     for name in sorted({*earlier["outputs"], *wanted}):
@@ -489,38 +549,16 @@ def folder_hash(folder, args):
     return value
 
 
-def read_manifest(folder, args):
-    """manifest.json of a folder, None when there is none; ContractError when it was changed."""
-    manifest = read_json(folder / "manifest.json")
-    if manifest is not None:
-        body = {k: v for k, v in manifest.items() if k != "sha256"}
-        if manifest.get("sha256") != digest(body) or manifest["identity"] != read_json(folder / "identity.json"):
-            if args.redo:
-                return None
-            raise ContractError(
-                f"{folder / 'manifest.json'} or identity.json has changed since it was written\n"
-                f"  expected: sha256 {manifest.get('sha256')}\n  found:    sha256 {digest(body)}\n"
-                f"  to make it again: {again(args)}"
-            )
-    return manifest
-
-
 def read_folder(folder, args, made_by):
     """The manifest of a complete, undamaged input folder; ContractError names the command that mends it."""
     mend = command(made_by, args)
-    manifest = read_json(folder / "manifest.json")
-    if manifest is None:
+    if not (folder / "manifest.json").exists():
         raise ContractError(
-            f"{folder / 'manifest.json'} is missing\n  expected: a complete folder\n  found: "
+            f"{folder / 'manifest.json'} is missing\n  expected: a complete folder\n  found:    "
             f"{'an incomplete one' if folder.exists() else 'none'}\n  to make it: {mend}"
         )
     mend += " --redo"
-    body = {k: v for k, v in manifest.items() if k != "sha256"}
-    if manifest.get("sha256") != digest(body):
-        raise ContractError(
-            f"{folder / 'manifest.json'} has changed since it was written\n  expected: sha256 {manifest.get('sha256')}\n"
-            f"  found:    sha256 {digest(body)}\n  to make it again: {mend}"
-        )
+    manifest = checked_manifest(folder, mend)
     hashes = Hashes(args.work_dir)
     for name, entry in manifest["outputs"].items():
         path = folder / name

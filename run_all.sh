@@ -118,3 +118,4 @@ if [ "$dataset" = demo ]; then
   run demo/contact_sheet.py "$ipc" "${paths[@]}" "${model[@]}"
 fi
 run 05_train_eval.py "$dataset" "$ipc" --table "${paths[@]}"
+echo "total: $((SECONDS / 60)) min $((SECONDS % 60)) s"

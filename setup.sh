@@ -1,14 +1,15 @@
 # Sourced by run_all.sh and tests/run.sh: sets $python to an interpreter with what requirements.txt names.
 # An interpreter that fits is used as it is; else .venv is made here and the pins are installed into it.
+# $test_modules: further modules that it must have.
 
 fits() { # torch >= 2.11, the pinned minor versions of diffusers and transformers, and the rest at any version
-  "$1" - <<'PY' 2>/dev/null
+  "$1" - ${test_modules:-} <<'PY' 2>/dev/null
 import importlib.metadata as m, importlib.util as u, re, sys
 minor = lambda v: tuple(int(x) for x in re.findall(r"\d+", v)[:2])
 pins = dict(re.findall(r"^([a-z-]+)==([\d.]+)", open("requirements.txt").read(), re.M))
 good = sys.version_info >= (3, 11) and minor(m.version("torch")) >= (2, 11)
 good = good and all(minor(m.version(p)) == minor(pins[p]) for p in ("diffusers", "transformers"))
-good = good and all(u.find_spec(p) for p in ("numpy", "sklearn", "tqdm", "cv2", "av", "matplotlib", "pytest", "ruff"))
+good = good and all(u.find_spec(p) for p in ("numpy", "sklearn", "tqdm", "cv2", "av", "matplotlib", *sys.argv[1:]))
 sys.exit(not good)
 PY
 }

@@ -71,7 +71,7 @@ def main():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    vae = common.load_part(common.model_folder(args, ("vae",)), "vae", torch.device("cpu"), torch.float32)
+    vae = common.load_part(common.model_folder(args, ("vae",)) / "vae", "vae", torch.device("cpu"), torch.float32)
     metadata = common.read_csv(work / "04_distilled" / f"ipc{args.ipc}" / "gvd" / "metadata.csv")
     labels = sorted({row["label"] for row in metadata})
     rows = {label: rows_of(label, work, args.ipc, vae) for label in labels}

@@ -82,12 +82,11 @@ def test_step_counts_that_it_can_serve(scheduler, steps):
 def test_sampling_without_guidance_equals_the_library_s_pipeline(empty):
     """Latents of stage 03's loop against the stock pipeline: same weights, noise, prompt and steps."""
     import argparse
-    from pathlib import Path
 
     from diffusers import TextToVideoSDPipeline
 
     stage, device = load_stage("03"), torch.device("cpu")
-    unet = common.load_part(Path(empty.model), "unet", device, torch.float32)
+    unet = common.load_part(empty.model / "unet", "unet", device, torch.float32)
     scheduler = DDIMScheduler.from_pretrained(empty.model / "scheduler")
     stage.set_timesteps(scheduler, 5)
     text = stage.embed(empty.model, {"Walk": "a man walks"}, device)
@@ -95,7 +94,7 @@ def test_sampling_without_guidance_equals_the_library_s_pipeline(empty):
     settings = argparse.Namespace(guidance=0.0, stop=0.5, cfg=4.0)
     prototypes = torch.randn(noise.shape, generator=contract.generator(1, "pipeline"))
     ours = stage.sample(unet, scheduler, text["a man walks"], text[""], prototypes, noise, settings)
-    parts = {part: common.load_part(Path(empty.model), part, device, torch.float32) for part in ("vae", "text_encoder")}
+    parts = {part: common.load_part(empty.model / part, part, device, torch.float32) for part in ("vae", "text_encoder")}
     from transformers import CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(empty.model / "tokenizer")
@@ -168,7 +167,7 @@ def test_small_sets_train_for_at_least_300_steps(clips, epochs):
 
 def test_random_clips_depend_on_the_repeat_and_the_class_only():
     select = load_stage("05").select_random
-    clips = {c: ([f"{c}{i}" for i in range(20)], None) for c in ("Walk", "Wave", "Kick")}
+    clips = {c: ({f"{c}{i}": i for i in range(20)}, None) for c in ("Walk", "Wave", "Kick")}
     chosen = select(clips, 5, 0, 1)
     assert all(len(set(names)) == 5 for names in chosen.values())
     assert select({"Wave": clips["Wave"]}, 5, 0, 1)["Wave"] == chosen["Wave"]
