@@ -255,8 +255,8 @@ def load_part(folder, part, device, dtype):
     kinds = {"vae": diffusers.AutoencoderKL, "unet": diffusers.UNet3DConditionModel}
     kind = kinds.get(part, transformers.CLIPTextModel)
     variant = "fp16" if any(".fp16." in path.name for path in folder.iterdir()) else None
-    dtype = {"dtype" if part == "text_encoder" else "torch_dtype": dtype}
-    return kind.from_pretrained(folder, variant=variant, **dtype).to(device).eval().requires_grad_(False)
+    options = {"dtype": dtype} if part == "text_encoder" else {"torch_dtype": dtype, "low_cpu_mem_usage": False}
+    return kind.from_pretrained(folder, variant=variant, **options).to(device).eval().requires_grad_(False)
 
 
 def frame_size(text):
