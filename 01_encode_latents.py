@@ -18,6 +18,7 @@ Differs: the paper says VQGAN encoder; ModelScope's is a KL autoencoder, of whic
 
 import csv
 import io
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from tqdm import tqdm
 import common
 import contract
 
+APART = ("plan", "left_out")  # definitions that only show something
 ENCODER_BATCH = 16  # frames per forward of the VAE: one clip
 SECONDS_PER_CLIP = {"demo": 0.05}  # on two CPU cores; the real sets on an A100, by estimate:
 SECONDS_PER_CLIP_GPU = 0.3
@@ -47,7 +49,7 @@ def find_clips(args):
     listed = [clip for clip in common.list_clips(args.dataset, args.data_root) if clip[0] in args.classes]
     root, hashes = args.data_root / args.spec["videos"], contract.Hashes(args.work_dir)
     if not root.is_dir():
-        raise contract.ContractError(common.missing_data(args.dataset, args.data_root, root))
+        raise contract.Missing(common.missing_data(args.dataset, args.data_root, root))
     found, missing = {label: [] for label in args.classes}, []
     for label, name, split, official in listed:
         path = root / label / f"{name}.avi"
@@ -59,7 +61,7 @@ def find_clips(args):
             missing.append(path)
     hashes.save()
     if missing and not args.partial:
-        raise contract.ContractError(
+        raise contract.Missing(
             f"{missing[0]} is missing\n  expected: {len(listed):,} clips of {args.dataset}\n"
             f"  found:    {len(listed) - len(missing):,}\n"
             f"  to work with those: {contract.command('01_encode_latents.py', args, '--partial')}\n"
@@ -110,77 +112,88 @@ def save_index(path, rows):
         handle.write(text.getvalue().encode())
 
 
+def left_out(clips, folder, label):
+    """Paths of a class that was made before without its broken videos (--allow-bad)."""
+    names = {row["name"] for row in common.read_csv(folder / "index" / f"{label}.csv")}
+    return [(path, "left out before") for name, _, _, path, _ in clips if name not in names]
+
+
+def close_folder(folder, identity, wanted, args):
+    """Writes index.csv of all classes that are there, and the manifest."""
+    of_class = {name: common.read_csv(folder / name) for name in contract.listed(folder, wanted) if name.startswith("index/")}
+    save_index(folder / "index.csv", [list(row.values()) for rows in of_class.values() for row in rows])
+    kinds = {name: ([len(rows), 8], "csv") for name, rows in of_class.items()}
+    kinds["index.csv"] = ([sum(map(len, of_class.values())), 8], "csv")
+    contract.finish(folder, identity, wanted, args, ["opencv-python-headless", "diffusers"], kinds)
+
+
+def plan(args):
+    """The plans of the two folders, for --dry-run: (item, items, seconds, bytes, machine)."""
+    share = len(args.classes) / len(args.spec["classes"])
+    train, clips = round(args.spec["clips"][0] * share), round(sum(args.spec["clips"]) * share)
+    seconds = SECONDS_PER_CLIP.get(args.dataset, SECONDS_PER_CLIP_GPU) * clips
+    machine = "two CPU cores" if args.dataset == "demo" else "an A100"
+    latents_size = train * 16 * 4 * (args.size[0] * args.size[1] // 64) * 2
+    clips_size = clips * 16 * args.spec["side"] ** 2 * 3
+    return ("latents", train, seconds, latents_size, machine), ("clips", clips, 0, clips_size, machine)
+
+
 def main():
     args = parse_args()
-    train, test = args.spec["clips"]
-    items = (train + test) * len(args.classes) // len(args.spec["classes"])
-    seconds = SECONDS_PER_CLIP.get(args.dataset, SECONDS_PER_CLIP_GPU) * items
-    size = train * 16 * 4 * (args.size[0] * args.size[1] // 64) * 2 + items * 16 * args.spec["side"] ** 2 * 3
-    cost = ("clips", items, seconds, size, "two CPU cores" if args.dataset == "demo" else "an A100")
+    latents_cost, clips_cost = plan(args)
     try:
-        clips = find_clips(args)
-        model = common.model_folder(args, ("vae",))
-    except contract.ContractError:
+        clips, model = find_clips(args), common.model_folder(args, ("vae",))
+    except contract.Missing:
         if args.dry_run:
-            return contract.plan_after(args, "01", cost)
+            contract.plan_after(args, "01", latents_cost)
+            return contract.plan_after(args, "01", clips_cost)
         raise
 
     latents_folder, clips_folder = contract.work_folder(args, "01_latents"), contract.work_folder(args, "01_clips")
     of_class = {c: contract.digest([[*clip[:3], clip[4]] for clip in clips[c]]) for c in args.classes}
     of_train = {c: contract.digest([[*x[:3], x[4]] for x in clips[c] if x[1] == "train"]) for c in args.classes}
+    factor, vae_hash = common.vae_factor(model), {"vae": contract.folder_hash(model / "vae", args)}
     settings = {"size": args.size, "limit": args.limit, "device": args.device, "threads": args.threads}
-    vae_hash = {"vae": contract.folder_hash(model / "vae", args)}
-    identity = contract.identity(__file__, args, settings, vae_hash, of_train)
-    clips_identity = contract.identity(__file__, args, {"limit": args.limit}, {}, of_class)
-    wanted = ["index.csv", *(f"{c}.npy" for c in args.classes), *(f"index/{c}.csv" for c in args.classes)]
-    clips_wanted = ["index.csv", *(f"index/{c}.csv" for c in args.classes)]
-    clips_wanted += [f"{split}/{c}.npy" for split in ("train", "test") for c in args.classes]
-    todo, identity = contract.begin(latents_folder, identity, wanted, args, cost, ["index.csv"])
-    clips_todo, clips_identity = contract.begin(clips_folder, clips_identity, clips_wanted, args, cost, ["index.csv"])
+    identity = contract.identity(__file__, args, settings, vae_hash, of_train, APART)
+    clips_identity = contract.identity(__file__, args, {"limit": args.limit}, {}, of_class, APART)
+    index = ["index.csv", *(f"index/{c}.csv" for c in args.classes)]
+    wanted = [*index, *(f"{c}.npy" for c in args.classes)]
+    clips_wanted = [*index, *(f"{split}/{c}.npy" for split in ("train", "test") for c in args.classes)]
+    todo, identity = contract.begin(latents_folder, identity, wanted, args, latents_cost, ["index.csv"])
+    clips_todo, clips_identity = contract.begin(clips_folder, clips_identity, clips_wanted, args, clips_cost, ["index.csv"])
     if todo is None and clips_todo is None:
         return
 
-    factor = common.vae_factor(model)
-    width, height = args.size[0] // factor, args.size[1] // factor
     vae, device = None, torch.device(identity["parameters"]["device"])
     if todo is not None:
         vae = common.load_part(model / "vae", "vae", device, torch.float32)
-    stems = {name.rsplit("/", 1)[-1].rsplit(".", 1)[0] for name in [*(todo or []), *(clips_todo or [])]}
-    bad = []
-    for label in tqdm([c for c in args.classes if c in stems], desc="01 classes", mininterval=1):
+    latent_shape = (common.NUM_FRAMES, 4, args.size[1] // factor, args.size[0] // factor)
+    clip_shape = (1, common.NUM_FRAMES, args.spec["side"], args.spec["side"], 3)
+    to_make = {Path(name).stem for name in [*(todo or []), *(clips_todo or [])]} & {*args.classes}
+    bad = [item for c in args.classes if c not in to_make for item in left_out(clips[c], clips_folder, c)]
+    for label in tqdm(sorted(to_make), desc="01 classes", mininterval=1):
         latents, network, rows, broken = encode_class(clips[label], label, args, vae, device)
         bad += broken
         if broken and len(bad) > args.allow_bad:
             continue  # go on, so that every broken video is named, but leave this class to be made
         if todo is not None:
-            contract.save_array(latents_folder / f"{label}.npy", stacked(latents, (16, 4, height, width), np.float16))
+            contract.save_array(latents_folder / f"{label}.npy", stacked(latents, latent_shape, np.float16))
             save_index(latents_folder / "index" / f"{label}.csv", [row for row in rows if row[2] == "train"])
         if clips_todo is not None:
-            shape = (1, common.NUM_FRAMES, args.spec["side"], args.spec["side"], 3)
             for split in ("train", "test"):
-                contract.save_array(clips_folder / split / f"{label}.npy", stacked(network[split], shape, np.uint8))
+                contract.save_array(clips_folder / split / f"{label}.npy", stacked(network[split], clip_shape, np.uint8))
             save_index(clips_folder / "index" / f"{label}.csv", rows)
     for path, error in bad:
         contract.say(f"01 broken video: {path}: {error}")
     if len(bad) > args.allow_bad:
         raise contract.ContractError(
             f"{len(bad)} videos cannot be decoded, the first is {bad[0][0]}: {bad[0][1]}\n  expected: at most "
-            f"{args.allow_bad}\n  mend them, or leave them out: "
-            f"{contract.command('01_encode_latents.py', args, '--allow-bad', len(bad))}"
+            f"{args.allow_bad}\n  mend them, or leave them out: {contract.again(args, '--allow-bad', len(bad))}"
         )
-    for folder, state, names, todo_here in (
-        (latents_folder, identity, wanted, todo),
-        (clips_folder, clips_identity, clips_wanted, clips_todo),
-    ):
-        if todo_here is None:
-            continue
-        rows = [row for c in sorted(state["classes"]) for row in common.read_csv(folder / "index" / f"{c}.csv")]
-        save_index(folder / "index.csv", [list(row.values()) for row in rows])
-        kinds = {"index.csv": ([len(rows), 8], "csv")}
-        for c in state["classes"]:
-            count = sum(row["class"] == c for row in rows)
-            kinds[f"index/{c}.csv"] = ([count, 8], "csv")
-        contract.finish(folder, state, names, args, ["opencv-python-headless", "diffusers"], kinds)
+    if todo is not None:
+        close_folder(latents_folder, identity, wanted, args)
+    if clips_todo is not None:
+        close_folder(clips_folder, clips_identity, clips_wanted, args)
 
 
 if __name__ == "__main__":

@@ -72,8 +72,8 @@ def main():
     source = contract.work_folder(args, "01_latents")
     if args.dry_run and (args.after or not (source / "manifest.json").exists()):
         return contract.plan_after(args, "02", cost)
-    manifest = contract.read_folder(source, args, "01_encode_latents.py")
     mend = contract.command("01_encode_latents.py", args)
+    manifest = contract.read_folder(source, args, mend)
     contract.need(manifest, [f"{c}.npy" for c in args.classes], source, mend)
 
     official = args.hmdb_train == "official"
@@ -86,7 +86,7 @@ def main():
         if len(of_class) < args.ipc:
             raise contract.ContractError(
                 f"{source / (label + '.npy')}: too few clips for {args.ipc} prototypes\n  expected: at least {args.ipc}\n"
-                f"  found:    {len(of_class)}\n  ask for fewer: an IPC of at most {len(of_class)}, or other --classes"
+                f"  found:    {len(of_class)}\n  take IPC <= {len(of_class)}, other --classes or a larger --limit"
             )
 
     folder = contract.work_folder(args, "02_prototypes", f"ipc{args.ipc}", args.name)

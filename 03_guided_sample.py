@@ -78,32 +78,34 @@ def read_prompts(args):
     return {label: prompts[label] for label in args.classes}
 
 
-def set_timesteps(scheduler, steps):
-    """Sets the DDIM timesteps; ContractError for counts that the schedule cannot serve.
+def check_steps(config, steps):
+    """ContractError for a number of DDIM steps that the schedule cannot serve.
 
-    With the published spacing some counts start far below the noisiest step, or past it (peers.md 0.2).
+    config: scheduler_config.json. With the published ("leading") spacing some counts start far below the noisiest step,
+    or past it (peers.md 0.2), where sampling would begin from noise of the wrong strength.
     """
-    total = scheduler.config.num_train_timesteps
+    total, offset = config["num_train_timesteps"], config.get("steps_offset", 0)
+    leading = config.get("timestep_spacing", "leading") == "leading"
 
     def usable(n):
-        if n >= total:
-            return False
-        scheduler.set_timesteps(n)
-        return min(0.95 * total, total - 1.25 * total / n) <= scheduler.timesteps[0] < total
+        first = (n - 1) * (total // n) + offset if leading else total - 1
+        return n < total and min(0.95 * total, total - 1.25 * total / n) <= first < total
 
     if not usable(steps):
         near = [n for n in (*range(1, 21), 25, 50, 100, 200, 250, 500) if usable(n)]
         raise contract.ContractError(
             f"--steps {steps}: the schedule of {total} steps cannot serve this number\n  usable: {', '.join(map(str, near))}"
         )
-    scheduler.set_timesteps(steps)
 
 
 def embed(folder, prompts, device):
     """{prompt: float32 [1, tokens, width]} for the prompts and the empty one; the text encoder is needed only here."""
     from transformers import CLIPTokenizer
 
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    except (OSError, ValueError) as error:
+        raise contract.ContractError(f"{folder / 'tokenizer'} cannot be loaded\n  found: {error}") from None
     encoder = common.load_part(folder / "text_encoder", "text_encoder", device, torch.float32)
     embeddings = {}
     for prompt in ("", *sorted(set(prompts.values()))):
@@ -170,10 +172,16 @@ def main():
     prompts = read_prompts(args)
     if args.dry_run and (args.after or not (source / "manifest.json").exists()):
         return contract.plan_after(args, "03", cost)
-    manifest = contract.read_folder(source, args, "02_kmeans_prototypes.py")
-    mend = contract.command("02_kmeans_prototypes.py", args)
+    mend = contract.command("02_kmeans_prototypes.py", args, "--name", args.prototypes)
+    manifest = contract.read_folder(source, args, mend)
     contract.need(manifest, [f"{c}.npy" for c in args.classes], source, mend)
-    model = common.model_folder(args)
+    try:
+        model = common.model_folder(args)
+    except contract.Missing:
+        if args.dry_run:
+            return contract.plan_after(args, "03", cost)
+        raise
+    check_steps(contract.read_json(model / "scheduler" / "scheduler_config.json"), args.steps)
     unet_folder = model / "unet" if args.unet == "published" else Path(args.unet)
 
     if not (unet_folder / "config.json").is_file():
@@ -204,7 +212,7 @@ def main():
 
     device, dtype = torch.device(identity["parameters"]["device"]), getattr(torch, identity["parameters"]["dtype"])
     scheduler = DDIMScheduler.from_pretrained(model / "scheduler")
-    set_timesteps(scheduler, args.steps)
+    scheduler.set_timesteps(args.steps)
     embeddings = embed(model, prompts, device)
     unet = common.load_part(unet_folder, "unet", device, dtype)
     vae = common.load_part(model / "vae", "vae", device, torch.float32)

@@ -67,22 +67,24 @@ def read_sample(path, shape, mend):
     except common.BadVideo as error:
         raise contract.ContractError(f"{path}: {error}\n  to make it again: {mend} --redo") from None
     if list(video.shape) != shape:
-        raise contract.ContractError(f"{path} is no such video\n  expected: {shape}\n  found:    {list(video.shape)}")
+        raise contract.ContractError(
+            f"{path} is no such video\n  expected: {shape}\n  found:    {list(video.shape)}\n  to make it again: {mend} --redo"
+        )
     return video
 
 
 def main():
     args = parse_args()
     number = min(args.ipc, args.limit or args.ipc)
-    videos = number * len(args.classes)
-    seconds = SECONDS_PER_VIDEO.get(args.dataset, SECONDS_PER_VIDEO_FULL) * videos
-    size = videos * 0.15 * 16 * args.spec["size"][0] * args.spec["size"][1]
-    cost = ("videos", videos, seconds, size, "one CPU core")
+    count = number * len(args.classes)
+    seconds = SECONDS_PER_VIDEO.get(args.dataset, SECONDS_PER_VIDEO_FULL) * count
+    size = count * 0.15 * 16 * args.spec["size"][0] * args.spec["size"][1]
+    cost = ("videos", count, seconds, size, "one CPU core")
     source = contract.work_folder(args, "03_samples", f"ipc{args.ipc}", args.samples)
     if args.dry_run and (args.after or not (source / "manifest.json").exists()):
         return contract.plan_after(args, "04", cost)
-    manifest = contract.read_folder(source, args, "03_guided_sample.py")
-    mend = contract.command("03_guided_sample.py", args)
+    mend = contract.command("03_guided_sample.py", args, "--name", args.samples)
+    manifest = contract.read_folder(source, args, mend)
     plans = {c: compose_plan(c, number, args.seed) for c in args.classes}
     needed = {c: sorted(f"{c}/{sample}.mp4" for group in plans[c] for sample, _ in group) for c in args.classes}
     contract.need(manifest, [name for names in needed.values() for name in names], source, mend)
@@ -105,13 +107,14 @@ def main():
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["file_name", "label", "sources", "frames"])
-    for label in sorted(identity["classes"]):
+    videos = [name for name in contract.listed(folder, wanted) if name.endswith(".mp4")]
+    for label in sorted({name.split("/")[0] for name in videos}):
         for i, plan in enumerate(compose_plan(label, number, args.seed)):
             frames = " ".join("-".join(map(str, frames)) for _, frames in plan)
             writer.writerow([f"{label}/{i}.mp4", label, " ".join(sample for sample, _ in plan), frames])
     with contract.atomic(folder / "metadata.csv") as handle:
         handle.write(text.getvalue().encode())
-    kinds["metadata.csv"] = ([number * len(identity["classes"]), 4], "csv")
+    kinds["metadata.csv"] = ([len(videos), 4], "csv")
     contract.finish(folder, identity, wanted, args, ["opencv-python-headless", "av"], kinds)
 
 

@@ -23,6 +23,7 @@ import json
 import os
 import statistics
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -40,6 +41,7 @@ PROTOCOLS = {
     "gvd": {"batch": 128, "epochs": 500, "min_steps": 0, "rate": 0.01, "drop": 0.5, "flip": 0.5},
     "demo": {"batch": 8, "epochs": 60, "min_steps": 300, "rate": 0.01, "drop": 0.5, "flip": 0.5},
 }
+APART = ("table", "score", "plan")  # definitions that only show something
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 REPEATS, REPEATS_REAL = 3, 5  # networks trained: on the demo, on the real data sets
 REAL = ("random", "full")  # sets of real clips
@@ -99,7 +101,7 @@ def real_clips(args, split, manifest):
             what = "training" if split == "train" else "test"
             raise contract.ContractError(
                 f"{folder / split / (label + '.npy')}: too few {what} clips of {label}\n  expected: at least {least}\n"
-                f"  found:    {len(of_class)}\n  get the whole data set, or choose --classes that have clips"
+                f"  found:    {len(of_class)}\n  get the whole data set, choose --classes that have clips, or raise --limit"
             )
         path = folder / split / f"{label}.npy"
         array = contract.load_array(path, (None, None, common.NUM_FRAMES, side, side, 3), "uint8", mend)
@@ -117,18 +119,23 @@ def select_random(clips, ipc, seed, repeat):
     return chosen
 
 
+def set_folder(args):
+    """The folder of the set: stage 04's of that name, else any folder."""
+    folder = contract.work_folder(args, "04_distilled", f"ipc{args.ipc}", args.train_on)
+    return Path(args.train_on) if not folder.is_dir() and Path(args.train_on).is_dir() else folder
+
+
 def find_videos(args):
     """The videos of a distilled set or a bare folder: (folder, {class: [relative path]}, content hash, bytes)."""
-    folder = contract.work_folder(args, "04_distilled", f"ipc{args.ipc}", args.train_on)
-    if Path(args.train_on).is_dir():
-        folder = Path(args.train_on)
-    if (folder / "manifest.json").exists() or not folder.is_dir():
-        manifest = contract.read_folder(folder, args, "04_mvic_compose.py")
-        outputs = {name: entry for name, entry in manifest["outputs"].items() if name.endswith(".mp4")}
-    else:
+    folder = set_folder(args)
+    if folder.is_dir() and not any((folder / file).exists() for file in ("manifest.json", "identity.json")):
         hashes = contract.Hashes(args.work_dir)
         paths = sorted(p for p in folder.rglob("*.mp4") if not p.is_symlink() and not p.name.startswith("."))
         outputs = {p.relative_to(folder).as_posix(): {"sha256": hashes(p), "bytes": p.stat().st_size} for p in paths}
+    else:
+        mend = contract.command("04_mvic_compose.py", args, "--name", folder.name)
+        manifest = contract.read_folder(folder, args, mend)
+        outputs = {name: entry for name, entry in manifest["outputs"].items() if name.endswith(".mp4")}
     videos = {c: sorted(name for name in outputs if name.split("/")[0] == c)[: args.limit] for c in args.classes}
     for label, names in videos.items():
         if not names:
@@ -136,6 +143,16 @@ def find_videos(args):
     used = [name for names in videos.values() for name in names]
     size = sum(outputs[name]["bytes"] for name in used)
     return folder, videos, contract.digest({name: outputs[name]["sha256"] for name in used}), size
+
+
+def set_name(args, folder):
+    """The name of the results' folder; ContractError when it is another set's."""
+    name = args.name or folder.resolve().name
+    own = contract.work_folder(args, "04_distilled", f"ipc{args.ipc}", name)
+    taken = name in REAL or (own.is_dir() and own.resolve() != folder.resolve())
+    if taken and not (args.name and name not in REAL and not own.is_dir()):
+        raise contract.ContractError(f"{folder}: the name {name} is that of another set\n  type --name with one of its own")
+    return name
 
 
 def read_set(folder, videos, args):
@@ -190,11 +207,15 @@ def train(clips, labels, num_classes, protocol, seed, repeat, dtype, checkpoint)
     net = common.MiniC3D(num_classes).to(device, memory_format=torch.channels_last_3d)
     optimiser = torch.optim.SGD(net.parameters(), lr=protocol["rate"], momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     start = 0
-    if checkpoint.exists():
+    try:
         saved = torch.load(checkpoint, weights_only=True, map_location=device)
-        start = saved["epoch"]
         net.load_state_dict(saved["net"])
         optimiser.load_state_dict(saved["optimiser"])
+        start = saved["epoch"]
+    except FileNotFoundError:
+        pass
+    except (OSError, EOFError, KeyError, RuntimeError, UnpicklingError) as error:
+        raise contract.ContractError(f"{checkpoint} is damaged\n  found: {error}\n  delete it: rm {checkpoint}") from None
     bar = tqdm(range(start, epochs), desc=f"05 repeat {repeat}", initial=start, total=epochs, mininterval=1)
     mean_loss = None
     for epoch in bar:
@@ -261,7 +282,7 @@ def table(args):
     for folder in folders:
         if ".old-" in folder.name or not (folder / "manifest.json").exists():
             continue
-        contract.read_folder(folder, args, "05_train_eval.py")
+        contract.read_folder(folder, args, contract.command("05_train_eval.py", args, "--train-on", folder.parent.name))
         result = contract.read_json(folder / "result.json")
         short = "" if result["complete"] else " **short of its protocol**"
         spread = "" if result["top1"]["std"] is None else f" ± {result['top1']['std']:.1f}"
@@ -286,12 +307,14 @@ def table(args):
 def score(args):
     """Accuracy on the set of the network that was trained on all real clips: how well the videos show their class."""
     folder = contract.work_folder(args, "05_networks", f"minic3d__{args.protocol}")
-    contract.read_folder(folder, args, "05_train_eval.py --train-on full --save")
+    contract.read_folder(folder, args, contract.command("05_train_eval.py", args, "--train-on", "full", "--save"))
     with safe_open(folder / "network.safetensors", "pt") as file:
         known = json.loads(file.metadata()["classes"])
     net = common.MiniC3D(len(known))
     net.load_state_dict(load_file(folder / "network.safetensors"))
     source, videos, _, _ = find_videos(args)
+    if unknown := [c for c in args.classes if c not in known]:
+        raise contract.ContractError(f"{folder}: a network without class {unknown[0]}\n  it knows: {', '.join(known)}")
     clips, labels = tensors(read_set(source, videos, args), "cpu")
     labels = torch.tensor([known.index(args.classes[i]) for i in labels.tolist()])
     torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
@@ -312,24 +335,29 @@ def plan(args, protocol):
 
 def open_set(args):
     """What is trained on and tested on: (name of the set, loader of its clips, test clips, input hashes, bytes)."""
-    manifest = contract.read_folder(contract.work_folder(args, "01_clips"), args, "01_encode_latents.py")
+    mend = contract.command("01_encode_latents.py", args)
+    manifest = contract.read_folder(contract.work_folder(args, "01_clips"), args, mend)
     test_clips = real_clips(args, "test", manifest)
     inputs = {"test clips": contract.content(manifest, lambda n: n in {f"test/{c}.npy" for c in args.classes})}
     if args.train_on in REAL:
         train_clips = real_clips(args, "train", manifest)
         used = {f"{kind}{c}.{end}" for c in args.classes for kind, end in (("train/", "npy"), ("index/", "csv"))}
         inputs["training clips"] = contract.content(manifest, lambda n: n in used)
-        return args.train_on, lambda: train_clips, test_clips, inputs, None
+        return args.name or args.train_on, lambda: train_clips, test_clips, inputs, None
     folder, videos, inputs["training videos"], size = find_videos(args)
-    return folder.name, lambda: read_set(folder, videos, args), test_clips, inputs, size
+    return set_name(args, folder), lambda: read_set(folder, videos, args), test_clips, inputs, size
 
 
-def summarise(folder, name, args, protocol, num_test, size):
-    """Writes result.json from the repeats that are there."""
-    done = [contract.read_json(p) for p in sorted(folder.glob("repeat_*.json"), key=lambda p: int(p.stem[7:]))]
+def summarise(folder, files, name, args, protocol, num_test, size):
+    """Writes result.json from the files of the repeats. A set or training short of its protocol is marked."""
+    done = sorted((contract.read_json(folder / file) for file in files), key=lambda record: record["repeat"])
     clip_bytes = common.NUM_FRAMES * args.spec["side"] ** 2 * 3
     own = {"name": args.protocol, **PROTOCOLS[args.protocol]}
-    whole = args.limit is None and args.classes == sorted(args.spec["classes"])
+    train, test = args.spec["clips"]
+    expected = args.ipc * len(args.spec["classes"])
+    if args.train_on == "full":
+        expected = 3570 if args.dataset == "hmdb51" and args.hmdb_train == "official" else train
+    whole = (num_test, done[0]["videos"]) == (test, expected) and args.classes == sorted(args.spec["classes"])
     result = {
         "set": name,
         "net": "minic3d",
@@ -357,13 +385,11 @@ def main():
     if args.epochs:
         protocol.update(epochs=args.epochs, min_steps=0)
     cost = plan(args, protocol)
-    distilled = contract.work_folder(args, "04_distilled", f"ipc{args.ipc}", args.train_on)
-    there = args.train_on in REAL or distilled.exists() or Path(args.train_on).is_dir()
+    there = args.train_on in REAL or set_folder(args).is_dir()
     if args.dry_run and (args.after or not there or not contract.work_folder(args, "01_clips").exists()):
         return contract.plan_after(args, "05", cost)
 
     name, load_clips, test_clips, inputs, size = open_set(args)
-    name = args.name or name
     settings = {
         "classes": args.classes,
         "protocol": protocol,
@@ -371,7 +397,7 @@ def main():
     }
     settings |= {"ipc": None if args.train_on == "full" else args.ipc}
     settings |= {k: getattr(args, k) for k in ("hmdb_train", "limit", "device", "threads", "dtype")}
-    identity = contract.identity(__file__, args, settings, inputs, {})
+    identity = contract.identity(__file__, args, settings, inputs, {}, APART)
     group = "full" if args.train_on == "full" else f"ipc{args.ipc}"
     folder = contract.work_folder(args, "05_results", group, name, f"minic3d__hard__{args.protocol}")
     kept = contract.work_folder(args, "05_networks", f"minic3d__{args.protocol}")
@@ -405,10 +431,13 @@ def main():
         checkpoint.unlink(missing_ok=True)
         contract.say(f"05 {name}, repeat {r}: top-1 {accuracy['top1']:.2f} %, top-5 {accuracy['top5']:.2f} %")
     if todo is not None:
-        summarise(folder, name, args, protocol, len(test_data[0]), size)
+        for left in folder.glob(".checkpoint_*.pt"):  # of a run that was killed while it removed it
+            left.unlink()
+        done = [name_ for name_ in contract.listed(folder, wanted) if name_.startswith("repeat_")]
+        summarise(folder, done, name, args, protocol, len(test_data[0]), size)
         kinds = {file: ([], "json") for file in wanted}
         contract.finish(folder, identity, wanted, args, ["opencv-python-headless"], kinds)
-    if keep:
+    if keep is not None:
         kinds = {"network.safetensors": ([], "safetensors")}
         contract.finish(kept, kept_identity, ["network.safetensors"], args, ["safetensors"], kinds)
 

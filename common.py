@@ -6,7 +6,6 @@ folder of artifacts is identified, checked and written is in contract.py.
 
 import argparse
 import csv
-import json
 import re
 from pathlib import Path
 
@@ -14,10 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from contract import ContractError, atomic
+from contract import ContractError, Missing, atomic, read_json
 
 NUM_FRAMES = 16  # frames of every clip, real or generated (section 4.1)
-LATENT_CHANNELS = 4  # of the published autoencoder
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,7 +175,7 @@ def list_clips(dataset, data_root):
     clips = {}
     for path, klass, split in files:
         if not path.is_file():
-            raise ContractError(missing_data(dataset, data_root, path))
+            raise Missing(missing_data(dataset, data_root, path))
         for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
             if not line.strip():
                 continue
@@ -192,7 +190,7 @@ def list_clips(dataset, data_root):
             if not found:
                 raise ContractError(f"{where}: refused {line.strip()!r}\n  expected: a <clip>.avi of the official list")
             check_name(name, where)
-            if label not in UCF101_CLASSES + HMDB51_CLASSES + spec["classes"]:
+            if label not in spec["classes"] + (UCF101_CLASSES if dataset == "miniucf" else ()):
                 raise ContractError(f"{where}: refused class {label!r}\n  expected: a class of {dataset}")
             if label not in spec["classes"]:
                 continue  # MiniUCF reads UCF101's lists
@@ -226,21 +224,22 @@ def model_folder(args, parts=PARTS):
     if not folder.is_dir():
         if isinstance(name, Path) or str(name).count("/") != 1 or str(name).startswith((".", "/")):
             make = "\n  to make it: python demo/train_models.py" if name == DEMO_MODEL else ""
-            raise ContractError(f"{name} is missing\n  expected: a folder with {', '.join(PARTS)}{make}")
+            raise Missing(f"{name} is missing\n  expected: a folder with {', '.join(PARTS)}{make}")
         from huggingface_hub import snapshot_download
 
         patterns = [f"{part}/{kind}" for part in PARTS for kind in ("*.json", "*.txt", "*.safetensors")]
         try:
-            folder = Path(snapshot_download(name, allow_patterns=patterns))
+            folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=args.dry_run))
         except Exception as error:
-            raise ContractError(
+            raise Missing(
                 f"the model {name} is not on this machine and cannot be downloaded: {type(error).__name__}\n"
                 f"  expected: network access, or a folder with {', '.join(PARTS)}\n"
                 f"  where there is a network: hf download {name} --local-dir FOLDER ; then --model FOLDER"
             ) from None
-    for part in parts:
-        if not (folder / part).is_dir():
-            raise ContractError(f"{folder / part} is missing\n  expected: a folder with {', '.join(PARTS)}")
+    names = {"tokenizer": "tokenizer_config.json", "scheduler": "scheduler_config.json"}
+    for path in (folder / part / names.get(part, "config.json") for part in parts):
+        if not isinstance(read_json(path), dict):
+            raise Missing(f"{path} is missing or no JSON object\n  expected: a folder with {', '.join(PARTS)}")
     return folder
 
 
@@ -251,12 +250,20 @@ def load_part(folder, part, device, dtype):
     """
     import diffusers
     import transformers
+    from safetensors import SafetensorError
 
     kinds = {"vae": diffusers.AutoencoderKL, "unet": diffusers.UNet3DConditionModel}
     kind = kinds.get(part, transformers.CLIPTextModel)
     variant = "fp16" if any(".fp16." in path.name for path in folder.iterdir()) else None
     options = {"dtype": dtype} if part == "text_encoder" else {"torch_dtype": dtype, "low_cpu_mem_usage": False}
-    return kind.from_pretrained(folder, variant=variant, **options).to(device).eval().requires_grad_(False)
+    try:
+        network, report = kind.from_pretrained(folder, variant=variant, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ContractError(f"{folder} cannot be loaded as {kind.__name__}\n  found: {error}") from None
+    missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    if missing := [key for key in missing if "position_ids" not in key]:
+        raise ContractError(f"{folder} lacks {len(missing)} weights of {kind.__name__}, the first is {missing[0]}")
+    return network.to(device).eval().requires_grad_(False)
 
 
 def frame_size(text):
@@ -270,7 +277,10 @@ def frame_size(text):
 
 def vae_factor(model):
     """Pixels per latent pixel, in both directions: the VAE halves once per level but the last (8; the demo's 4)."""
-    return 2 ** (len(json.loads((model / "vae" / "config.json").read_bytes())["block_out_channels"]) - 1)
+    levels = read_json(model / "vae" / "config.json").get("block_out_channels")
+    if not isinstance(levels, list):
+        raise ContractError(f"{model / 'vae' / 'config.json'} is no autoencoder's\n  expected: block_out_channels")
+    return 2 ** (len(levels) - 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -313,6 +323,8 @@ def read_video(path):
         capture.release()
     if not frames:
         raise BadVideo("no frame can be decoded")
+    if len({frame.shape for frame in frames}) > 1:
+        raise BadVideo("the frames change their size")
     if len(frames) < 0.9 * stated:
         raise BadVideo(f"only {len(frames)} of {stated} frames can be decoded")
     return np.stack(frames)[..., ::-1]

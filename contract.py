@@ -28,6 +28,10 @@ class ContractError(Exception):
     """A file or folder that is not as agreed; shown to the user as one message, exit code 3."""
 
 
+class Missing(ContractError):
+    """Data or a model that is not on this machine; --dry-run plans without it."""
+
+
 COMMON = Path(__file__).with_name("common.py")
 SCHEMA = 1  # of manifest.json
 EARLIER = ".manifest.json"  # the manifest of a folder that is being extended or mended
@@ -82,6 +86,14 @@ def parse(parser):
     if unknown := [c for c in wanted if c not in known]:
         parser.error(f"--classes: {args.dataset} has no class {unknown[0]!r}")
     args.classes = sorted(set(wanted))
+    try:
+        kind = torch.device(args.device or "cpu").type
+    except RuntimeError:
+        kind = None
+    if kind not in ("cpu", "cuda"):
+        parser.error(f"--device: {args.device!r} is not cpu, cuda or cuda:<number>")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ContractError(f"--device {args.device}: there is no such device here\n  type --device cpu")
     return args
 
 
@@ -92,13 +104,19 @@ def work_folder(args, *parts):
 
 def command(script, args, *extra):
     """The command line that runs `script` for the same data set and folders, to be shown to the user."""
-    words = ["python", script, args.dataset]
+    words = [python(), script, args.dataset]
     if not script.startswith("01") and getattr(args, "ipc", None):
         words.append(str(args.ipc))
     for option, default in (("work_dir", Path("work")), ("data_root", Path("data")), ("seed", 0)):
         if (value := getattr(args, option)) != default:
             words += ["--" + option.replace("_", "-"), str(value)]
     return shlex.join([*words, *map(str, extra)])
+
+
+def python():
+    """The interpreter as the user types it: below the working directory (.venv) by its path."""
+    path = Path(sys.executable)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else "python"
 
 
 def say(*words):
@@ -113,7 +131,10 @@ def open_log(folder, identity):
     """Starts a run's part of log.txt: command, versions, parameters and the source that runs."""
     open_log.path = folder / "log.txt"
     script = Path(sys.argv[0])
-    lines = [f"{time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(sys.argv)}", f"python {platform.python_version()}"]
+    lines = [
+        f"{time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}",
+        f"python {platform.python_version()}",
+    ]
     lines += [f"{k} = {v}" for k, v in sorted(identity["parameters"].items())]
     for path in (script, COMMON):
         lines += ["=" * 20 + " " + path.name, path.read_text("utf-8"), "=" * 20]
@@ -173,7 +194,7 @@ def read_json(path):
         return json.loads(Path(path).read_bytes())
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ContractError(f"{path} is damaged\n  expected: JSON\n  found: {error}") from None
 
 
@@ -188,8 +209,8 @@ class Hashes:
     def __init__(self, work_dir):
         self.path, self.changed = Path(work_dir, ".cache", "sha256.json"), False
         try:
-            self.known = json.loads(self.path.read_bytes())
-        except (OSError, ValueError):  # only a cache: it is made again
+            self.known = dict(json.loads(self.path.read_bytes()))
+        except (OSError, ValueError, TypeError):  # only a cache: it is made again
             self.known = {}
 
     def __call__(self, path):
@@ -254,13 +275,14 @@ def definitions(path):
     return found
 
 
-def code_identity(script):
+def code_identity(script, apart):
     """{file: {definition: meaning}} of a stage and of the definitions of common.py that it reaches.
 
     By `ast.unparse` without comments and docstrings, so neither of them changes it. Data sets enter an identity by their
-    own entry, and this file by CONTRACT_VERSION.
+    own entry, and this file by CONTRACT_VERSION. apart: definitions of the stage that only show something.
     """
     own, shared = definitions(script), definitions(COMMON)
+    own = {name: value for name, value in own.items() if name not in apart}
     reached, queue = {}, []
     for node, _ in own.values():
         for part in ast.walk(node):
@@ -274,7 +296,7 @@ def code_identity(script):
     return {Path(script).name: {n: meaning for n, (_, meaning) in own.items()}, "common.py": reached}
 
 
-def identity(script, args, parameters, inputs, classes):
+def identity(script, args, parameters, inputs, classes, apart=()):
     """What decides every byte of an artifact folder.
 
     parameters: {name: value} that can change a value; device, threads and dtype may be None: automatic. inputs:
@@ -290,7 +312,7 @@ def identity(script, args, parameters, inputs, classes):
     return {
         "stage": Path(script).stem,
         "contract": CONTRACT_VERSION,
-        "code": code_identity(script),
+        "code": code_identity(script, apart),
         "data set": {"name": args.dataset, **json.loads(json.dumps(spec))},
         "parameters": json.loads(json.dumps(values)),
         "inputs": inputs,
@@ -302,7 +324,7 @@ def identity(script, args, parameters, inputs, classes):
 def has_bfloat16(device):
     """Whether the device computes in bfloat16 natively, and so about twice as fast as in float32."""
     if device != "cpu":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = Path("/proc/cpuinfo")
     return cpu.exists() and re.search(r"\b(avx512_bf16|amx_bf16)\b", cpu.read_text()) is not None
 
@@ -347,12 +369,14 @@ def begin(folder, identity, wanted, args, cost, derived=()):
     number = identity["stage"][:2]
     place, old, notes = settle(folder, identity, wanted, args)
     if old:  # the folder grows by classes; what was automatic stays what it was
-        identity["classes"] = {**old["classes"], **identity["classes"]}
+        there = {part for path in place.rglob("*") for part in (path.stem, path.parent.name)}
+        identity["classes"] = {**{c: h for c, h in old["classes"].items() if c in there}, **identity["classes"]}
         identity["parameters"].update({name: old["parameters"][name] for name in identity["automatic"]})
         identity.setdefault("accepted code", old.get("accepted code", []))
     identity.setdefault("accepted code", [])
     del identity["automatic"]
 
+    device = identity["parameters"].get("device", "cpu")
     manifest = read_json(place / "manifest.json") if place else None
     changed = changed_files(place, manifest, derived, args) if place else []
     if changed and not (args.redo or args.dry_run):
@@ -373,21 +397,23 @@ def begin(folder, identity, wanted, args, cost, derived=()):
         print(f"{number} {'; '.join([*notes, f'fresh: {folder}' if complete else done + rest])}")
         return None, identity
     if complete:
+        (folder / EARLIER).unlink(missing_ok=True)
         say(f"{number} fresh: {folder}")
         return None, identity
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ContractError(f"{folder} was begun on {device}, and there is no such device here\n  type --device cpu")
 
     folder.mkdir(parents=True, exist_ok=True)
-    remove_temporaries(folder)
+    remove_temporaries(folder.rglob(".tmp-*"))
+    remove_temporaries(work_folder(args).glob(".tmp-*"))
     for name in redo:
         (folder / name).unlink(missing_ok=True)
     if manifest:  # not complete any more; what it lists is remembered
         os.replace(folder / "manifest.json", folder / EARLIER)
-    write_json(folder / "identity.json", identity)
+    write_json(folder / "identity.json", {**identity, "sha256": digest(identity)})
     open_log(folder, identity)
-    device = identity["parameters"].get("device", "cpu")
-    if missing and device.startswith("cuda") and not torch.cuda.is_available():
-        raise ContractError(f"{folder} was begun on {device}, and there is no such device here\n  type --device cpu")
-    torch.set_num_threads(identity["parameters"].get("threads") or len(os.sched_getaffinity(0)))
+    if "threads" in identity["parameters"]:
+        torch.set_num_threads(identity["parameters"]["threads"])
     begin.started = time.monotonic()
     return missing, identity
 
@@ -404,10 +430,14 @@ def settle(folder, identity, wanted, args):
         if not args.dry_run:
             say(f"{number} {text}")
 
-    def put_aside(label):
+    def put_aside(what):
+        aside, count = None, 0
+        while aside is None or aside.exists():
+            aside = folder.with_name(f"{folder.name}.old-{digest([what, count] if count else what)[:8]}")
+            count += 1
         if not args.dry_run:
-            os.rename(folder, folder.with_name(f"{folder.name}.old-{label}"))
-            say(f"{number} the folder is kept as {folder.name}.old-{label}")
+            os.rename(folder, aside)
+            say(f"{number} the folder is kept as {aside.name}")
 
     def made(label):
         names = [name for name in wanted if label in (Path(name).stem, Path(name).parent.name)]
@@ -418,7 +448,7 @@ def settle(folder, identity, wanted, args):
     except ContractError:
         if not args.redo:
             raise
-        put_aside(digest((folder / "manifest.json").read_bytes().hex())[:8])
+        put_aside([path.read_bytes().hex() for path in sorted(folder.glob("*.json"))])
         old = None
     if old:
         reasons = differences(old, identity, made)
@@ -430,7 +460,7 @@ def settle(folder, identity, wanted, args):
             identity["accepted code"] = [*old.get("accepted code", []), digest(old["code"])[:8]]
             return folder, old, notes
         note(f"stale: {texts}")
-        put_aside(digest(old)[:8])
+        put_aside(old)
     for kept in sorted(folder.parent.iterdir()) if folder.parent.is_dir() else []:
         if kept.name.startswith(folder.name + ".old-"):
             with contextlib.suppress(ContractError):  # a damaged one stays aside
@@ -439,6 +469,9 @@ def settle(folder, identity, wanted, args):
                     note(f"taken back from {kept.name}")
                     if args.dry_run:
                         return kept, old, notes
+                    if folder.exists():  # begun and killed before its identity was written
+                        remove_temporaries(folder.glob(".tmp-*"))
+                        folder.rmdir()
                     os.rename(kept, folder)
                     return folder, old, notes
     return None, None, notes
@@ -446,32 +479,37 @@ def settle(folder, identity, wanted, args):
 
 def recorded_identity(folder, args):
     """The identity of a folder, None when there is none; ContractError when it or the manifest was changed."""
-    if not (folder / "manifest.json").exists():
-        return read_json(folder / "identity.json")
-    manifest = checked_manifest(folder, again(args))
+    if not (folder / "identity.json").exists() and not (folder / "manifest.json").exists():
+        return None
     try:
-        same = read_json(folder / "identity.json") == manifest["identity"]
-    except ContractError:
+        found = read_json(folder / "identity.json") or {}
+        body = {k: v for k, v in found.items() if k != "sha256"}
+        same = found.get("sha256") == digest(body)
+    except (ContractError, AttributeError):
         same = False
+    if (folder / "manifest.json").exists():
+        same = checked_manifest(folder / "manifest.json", again(args))["identity"] == body if same else False
+    elif (folder / EARLIER).exists():
+        checked_manifest(folder / EARLIER, again(args))
     if not same:
         raise ContractError(
-            f"{folder / 'identity.json'} has changed since it was written\n  expected: the identity in manifest.json\n"
-            f"  found:    another\n  to make it again: {again(args)}"
+            f"{folder / 'identity.json'} has changed since it was written\n  expected: what it was written as\n"
+            f"  found:    something else\n  to make it again: {again(args)}"
         )
-    return manifest["identity"]
+    return body
 
 
-def checked_manifest(folder, mend):
-    """manifest.json of a folder; ContractError when it was changed since it was written."""
+def checked_manifest(path, mend):
+    """A manifest; ContractError when it was changed since it was written."""
     try:
-        manifest = read_json(folder / "manifest.json")
+        manifest = read_json(path)
         body = {k: v for k, v in manifest.items() if k != "sha256"}
         expected, found = manifest.get("sha256"), digest(body)
     except (ContractError, AttributeError):
         expected, found = "JSON", "no JSON object"
     if expected != found:
         raise ContractError(
-            f"{folder / 'manifest.json'} has changed since it was written\n  expected: sha256 {expected}\n"
+            f"{path} has changed since it was written\n  expected: sha256 {expected}\n"
             f"  found:    sha256 {found}\n  to make it again: {mend}"
         )
     return manifest
@@ -493,17 +531,25 @@ def changed_files(folder, manifest, derived, args):
     return changed
 
 
-def again(args):
-    """This run's own command with --redo."""
-    return shlex.join(["python", Path(sys.argv[0]).name, *(a for a in sys.argv[1:] if a != "--dry-run"), "--redo"])
+def again(args, *extra):
+    """This run's own command with more options, --redo if none are given."""
+    words = [word for word in sys.argv[1:] if word not in ("--dry-run", "--redo")]
+    return shlex.join([python(), Path(sys.argv[0]).name, *words, *map(str, extra or ["--redo"])])
 
 
-def remove_temporaries(folder):
-    """Removes what a killed run left behind; files of a process that is alive stay."""
-    for path in Path(folder).rglob(".tmp-*"):
-        pid = path.name.split("-")[1]
-        if not (pid.isdigit() and Path("/proc", pid).exists() and int(pid) != os.getpid()):
+def remove_temporaries(paths):
+    """Removes what a killed run left behind; files of a run of this script that is alive stay."""
+    for path in paths:
+        running = Path("/proc", path.name.split("-")[1], "cmdline")
+        alive = running.exists() and Path(sys.argv[0]).name.encode() in running.read_bytes()
+        if not alive or running.parent.name == str(os.getpid()):
             path.unlink(missing_ok=True)
+
+
+def listed(folder, wanted):
+    """The outputs that the manifest will list: what is asked for, and what it listed before, as far as it is there."""
+    earlier = read_json(folder / EARLIER) or {"outputs": {}}
+    return [name for name in sorted({*earlier["outputs"], *wanted}) if (folder / name).is_file()]
 
 
 def finish(folder, identity, wanted, args, packages, kinds=None):
@@ -513,9 +559,7 @@ def finish(folder, identity, wanted, args, packages, kinds=None):
     """
     earlier = read_json(folder / EARLIER) or {"outputs": {}}
     hashes, outputs = Hashes(args.work_dir), {}
-    for name in sorted({*earlier["outputs"], *wanted}):
-        if not (folder / name).is_file():
-            continue
+    for name in listed(folder, wanted):
         if name.endswith(".npy"):
             array = np.load(folder / name, mmap_mode="r", allow_pickle=False)
             shape, dtype = list(array.shape), str(array.dtype)
@@ -531,7 +575,10 @@ def finish(folder, identity, wanted, args, packages, kinds=None):
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
     manifest = dict(schema=SCHEMA, identity=identity, versions=versions, device=name, outputs=outputs)
     seconds = time.monotonic() - begin.started
-    runs = (read_json(folder / "timing.json") or {"runs": []})["runs"]
+    try:
+        runs = list(read_json(folder / "timing.json")["runs"])
+    except (ContractError, TypeError, KeyError):  # not there yet, or edited
+        runs = []
     write_json(folder / "timing.json", {"runs": [*runs, {"seconds": round(seconds, 2)}]})
     write_json(folder / "manifest.json", {**manifest, "sha256": digest(manifest)})
     (folder / EARLIER).unlink(missing_ok=True)
@@ -549,16 +596,21 @@ def folder_hash(folder, args):
     return value
 
 
-def read_folder(folder, args, made_by):
-    """The manifest of a complete, undamaged input folder; ContractError names the command that mends it."""
-    mend = command(made_by, args)
+def read_folder(folder, args, mend):
+    """The manifest of a complete, undamaged input folder; ContractError names the command that mends it.
+
+    mend: the command that makes it; that of the run that did make it, from its log, is preferred.
+    """
+    with contextlib.suppress(OSError):
+        runs = re.findall(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (.+)$", (folder / "log.txt").read_text("utf-8"), re.M)
+        mend = f"{python()} {runs[-1].replace(' --redo', '')}" if runs else mend
     if not (folder / "manifest.json").exists():
         raise ContractError(
             f"{folder / 'manifest.json'} is missing\n  expected: a complete folder\n  found:    "
             f"{'an incomplete one' if folder.exists() else 'none'}\n  to make it: {mend}"
         )
     mend += " --redo"
-    manifest = checked_manifest(folder, mend)
+    manifest = checked_manifest(folder / "manifest.json", mend)
     hashes = Hashes(args.work_dir)
     for name, entry in manifest["outputs"].items():
         path = folder / name
@@ -587,7 +639,7 @@ def content(manifest, keep=lambda name: True):
     return digest({name: e["sha256"] for name, e in manifest["outputs"].items() if keep(name)})
 
 
-def plan_after(args, number, cost, error=None):
+def plan_after(args, number, cost):
     """--dry-run of a stage whose input is not there yet."""
     what, items, seconds, size, machine = cost
     reason = f"after {args.after}" if args.after else "its input is not there yet"

@@ -34,6 +34,9 @@ DATASET  demo (default), hmdb51, miniucf or ucf101        IPC  videos per class 
 TEXT
 }
 
+words() { # splits a text at blanks, quotes respected, into the array `words`
+  mapfile -t words < <(xargs -n1 printf '%s\n' <<<"$1")
+}
 fail() { echo "run_all.sh: $*" >&2; echo "type: bash run_all.sh --help" >&2; exit 2; }
 
 dataset="" ipc="" from=1 to=5 dry=0 setup_only=0 clean_old=0
@@ -46,6 +49,7 @@ while [ $# -gt 0 ]; do
   case "$1" in
     -h|--help) usage; exit 0 ;;
     --quick) ;;
+    --tables) fail "--tables, the paper's further tables, is not there yet" ;;
     --dry-run) dry=1 ;;
     --setup-only) setup_only=1 ;;
     --clean-old) clean_old=1 ;;
@@ -59,11 +63,11 @@ while [ $# -gt 0 ]; do
         --model) model=(--model "$2") ;;
         --unet) unet=(--unet "$2") ;;
         --seed|--device|--classes|--limit) shared+=("$1" "$2") ;;
-        --01) read -r -a options_1 <<<"$2" ;;
-        --02) read -r -a options_2 <<<"$2" ;;
-        --03) read -r -a options_3 <<<"$2" ;;
-        --04) read -r -a options_4 <<<"$2" ;;
-        --05) read -r -a options_5 <<<"$2" ;;
+        --01) words "$2"; options_1+=("${words[@]}") ;;
+        --02) words "$2"; options_2+=("${words[@]}") ;;
+        --03) words "$2"; options_3+=("${words[@]}") ;;
+        --04) words "$2"; options_4+=("${words[@]}") ;;
+        --05) words "$2"; options_5+=("${words[@]}") ;;
       esac
       shift ;;
     -*) fail "unknown option $1" ;;

@@ -27,10 +27,14 @@ if [ -z "$python" ]; then
   done
   [ -n "$base" ] || { echo "set-up: no Python 3.11 or newer was found; install it, then run this again" >&2; exit 1; }
   echo "set-up: installing requirements.txt into .venv"
-  [ -x .venv/bin/python ] || "$base" -m venv .venv
   if command -v uv >/dev/null; then
+    [ -x .venv/bin/python ] || uv venv --quiet --python "$base" .venv
     uv pip install --quiet --python .venv/bin/python -r requirements.txt
   else
+    if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+      rm -rf .venv
+      "$base" -m venv .venv || { rm -rf .venv; echo "set-up: install python3-venv, then run this again" >&2; exit 1; }
+    fi
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
   fi
   python=.venv/bin/python

@@ -224,8 +224,12 @@ def main():
     root, record = args.data_root / "demo", args.data_root / "demo" / "drawn.json"
     identity = {"seed": args.seed, "code": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
     if record.exists():
-        drawn = json.loads(record.read_text())
-        if drawn["identity"] == identity and all((root / name).is_file() for name in drawn["files"]):
+        try:
+            drawn = json.loads(record.read_text())
+            same = drawn["identity"] == identity and all((root / name).is_file() for name in drawn["files"])
+        except (ValueError, KeyError, TypeError):  # damaged: drawn again
+            same = False
+        if same:
             print(f"demo videos: fresh, {len(drawn['files'])} files below {root}")
             return
         record.unlink()

@@ -5,12 +5,12 @@ published size, with ModelScope's noise schedule, so that every stage runs on th
 Only the demo's training clips are used.
 
 Reads:   <data root>/demo (demo/draw_videos.py), prompts/demo.json, demo/models/t2v/tokenizer
-Writes:  demo/models/t2v/{vae,text_encoder,unet,scheduler,tokenizer}  and  demo/models/figures.json
+Writes:  demo/models/t2v/{vae,text_encoder,unet,scheduler,tokenizer}
          work/demo_training/*.pt   checkpoints: a killed run goes on from the last one and ends with the same weights
 Run:     python demo/train_models.py                          everything
-         python demo/train_models.py --only vae               one part: vae, unet or figures
+         python demo/train_models.py --only vae               one part: vae or unet
          python demo/train_models.py --clip-tokenizer FOLDER  makes the trimmed tokenizer again, from CLIP's
-Cost:    on two CPU cores 10 minutes for the autoencoder and about 70 minutes for the U-Net
+Cost:    on two CPU cores 10 minutes for the autoencoder and about 60 minutes for the U-Net
 """
 
 import argparse
@@ -232,7 +232,7 @@ def train_unet(latents, labels, prompts, work, device, steps):
     scheduler = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     tokenizer = CLIPTokenizer.from_pretrained(MODELS / "t2v" / "tokenizer")
     net = torch.nn.ModuleDict({"unet": make_unet(), "text_encoder": make_text_encoder(tokenizer)}).to(device)
-    net.eval()  # the temporal convolutions' dropout of 0.1 stays off: it costs a tenth of the time and quality
+    net.eval()  # the temporal convolutions' dropout of 0.1 stays off: it costs a tenth of the time
     if device.type == "cpu":  # twice as fast in training as the fused attention's backward pass at this size
         net["unet"].set_attn_processor(AttnProcessor())
         for module in net.modules():
@@ -256,6 +256,8 @@ def train_unet(latents, labels, prompts, work, device, steps):
         start, ema = saved["step"], {n: p.to(device) for n, p in saved["ema"].items()}
         net.load_state_dict(saved["net"])
         optimiser.load_state_dict(saved["optimiser"])
+    if start >= steps:
+        print(f"unet: {path} has all {start} steps")
     bar, average = tqdm(range(start, steps), desc="unet", initial=start, total=steps, mininterval=5), None
     for step in bar:
         rate = UNET_RATE * min(1.0, (step + 1) / WARM_UP, (steps - step) / (COOL_DOWN * steps))
@@ -288,7 +290,8 @@ def train_unet(latents, labels, prompts, work, device, steps):
         if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
             state = dict(net=net.state_dict(), ema=ema, optimiser=optimiser.state_dict())
             save_checkpoint(path, {"step": step + 1, **state})
-            export(net, ema, scheduler, work / "t2v" if step + 1 < steps else MODELS / "t2v")
+            export(net, ema, scheduler, work / "t2v")  # to look at while it trains
+    export(net, ema, scheduler, MODELS / "t2v")
 
 
 def export(net, ema, scheduler, folder):

@@ -65,7 +65,8 @@ def test_manifest_lists_every_file_and_nothing_volatile(done, number, folder):
     text = (folder / "manifest.json").read_text()
     assert str(done.work) not in text and str(done.data) not in text and os.uname().nodename not in text
     assert not re.search(r"20\d\d-\d\d-\d\d", text)
-    assert manifest["identity"] == json.loads((folder / "identity.json").read_text())
+    identity = json.loads((folder / "identity.json").read_text())
+    assert identity.pop("sha256") == contract.digest(identity) and manifest["identity"] == identity
 
 
 def test_results_have_every_raw_value(done):
@@ -112,7 +113,8 @@ def test_equal_inputs_stay_fresh_whatever_made_them(place):
     manifest = json.loads((path / "manifest.json").read_text())
     body = {k: v for k, v in manifest.items() if k != "sha256"}
     body["identity"]["code"]["02_kmeans_prototypes.py"]["kmeans"] = "0" * 16
-    (path / "identity.json").write_text(json.dumps(body["identity"]))
+    signed = {**body["identity"], "sha256": contract.digest(body["identity"])}
+    (path / "identity.json").write_text(json.dumps(signed))
     (path / "manifest.json").write_text(json.dumps({**body, "sha256": contract.digest(body)}))
     assert "03 fresh" in place.run("03")[1]
     code, text = place.run("02", "--accept-code")
@@ -133,7 +135,7 @@ def edited(tmp_path, number, *changes):
 
 
 EDITS = [
-    ("03", "common.py", "import json\n", "import json\n\n# a remark\n", "03 fresh"),
+    ("03", "common.py", "import csv\n", "import csv\n\n# a remark\n", "03 fresh"),
     ("03", "common.py", '"""Guidance strength per frame', '"""Another sentence. Guidance strength per frame', "03 fresh"),
     ("03", "03_guided_sample.py", "must be between 0 and 1", "lies between 0 and 1", "03 fresh"),
     ("03", "03_guided_sample.py", "latents are not finite", "latents are infinite", "03 fresh"),
@@ -265,7 +267,7 @@ def test_missing_input_names_the_command(empty, tmp_path):
     place = Place(empty.data, empty.model, tmp_path / "work")
     for number, made_by in (("02", "01"), ("03", "02"), ("04", "03"), ("05", "01")):
         code, text = place.run(number)
-        assert code == 3 and f"python {SCRIPTS[made_by].name} demo" in text and "is missing" in text, text
+        assert code == 3 and f"{contract.python()} {SCRIPTS[made_by].name} demo" in text and "is missing" in text, text
 
 
 def test_missing_class_in_prompts_and_prototypes(place, tmp_path):
@@ -344,7 +346,7 @@ def test_kills_at_the_worst_moment_leave_whole_files(tmp_path):
         process.kill()
         process.wait()
         assert path.read_bytes() in (b"a" * 300000, b"b" * 300000)
-    contract.remove_temporaries(tmp_path)
+    contract.remove_temporaries(tmp_path.glob(".tmp-*"))
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
@@ -414,7 +416,7 @@ def test_plan_of_the_real_run_without_demo_tools_and_data(bare_checkout):
     run = run_all(bare_checkout, "hmdb51", "20", "--quick", "--unet", "published", "--dry-run")
     assert run.returncode == 0, run.stderr
     assert "0 of 6,766 clips" in run.stdout and "0 of 4,080 videos" in run.stdout and "A100" in run.stdout
-    assert len(run.stdout.splitlines()) == 6
+    assert len(run.stdout.splitlines()) == 7
 
 
 @pytest.mark.parametrize("words", [["nothing"], ["demo", "0"], ["demo", "x"], ["--bad"], ["--from", "9"], ["--seed"]])
@@ -440,7 +442,7 @@ def test_run_all_runs_the_chain_to_its_table(empty, tmp_path, bare_checkout):
     words = [*words[:-2], "--from", "5"]
     shutil.rmtree(work / "demo/01_clips")
     run = run_all(bare_checkout, *words)
-    assert run.returncode == 3 and "python 01_encode_latents.py demo" in run.stderr
+    assert run.returncode == 3 and "01_encode_latents.py demo" in run.stderr
 
 
 def test_table_says_mean_deviation_number_and_bytes(place):
@@ -484,3 +486,131 @@ def test_plan_of_a_stale_folder_counts_nothing_as_done(place):
     (place.work / "demo/03_samples/ipc2/gvd/Walk/0_0.npy").unlink()
     assert "03 15 of 16 videos" in place.run("03", "--dry-run")[1]
     assert len(place.files()) == len(before) - 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Corners
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_incomplete_set_is_not_trained_on(place):
+    folder = place.work / "demo/04_distilled/ipc2/gvd"
+    (folder / "manifest.json").unlink()
+    (folder / "Walk/0.mp4").unlink()
+    code, text = place.run("05")
+    assert code == 3 and "an incomplete one" in text and "04_mvic_compose.py" in text, text
+
+
+@pytest.mark.parametrize("number", ["01", "04"])
+def test_one_class_alone_after_a_killed_run(done, tmp_path, number):
+    """The identity names both classes, one of them was never made."""
+    place = done.copy(tmp_path / "work")
+    for folder in FOLDERS[number]:
+        folder = place.work / "demo" / folder
+        (folder / "manifest.json").unlink()
+        for path in [*folder.rglob("*Wave*"), folder / ("index.csv" if number == "01" else "metadata.csv")]:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    code, text = place.run(number, "--classes", "Walk")
+    assert code == 0, text
+    file = "01_clips/index.csv" if number == "01" else "04_distilled/ipc2/gvd/metadata.csv"
+    assert "Wave" not in (place.work / "demo" / file).read_text()
+    assert place.run(number)[0] == 0
+    assert place.files() == done.files()
+
+
+def test_weights_that_are_not_there_are_refused(empty, done, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    for part, file in (("unet", "diffusion_pytorch_model.safetensors"), ("text_encoder", "model.safetensors")):
+        model = tmp_path / part
+        shutil.copytree(empty.model, model)
+        weights = load_file(model / part / file)
+        weights.pop(sorted(weights)[3])
+        save_file(weights, model / part / file)
+        place = Place(empty.data, model, tmp_path / f"work_{part}")
+        shutil.copytree(done.work, place.work)
+        code, text = place.run("03")
+        assert code == 3 and "lacks 1 weights" in text, text
+
+
+@pytest.mark.parametrize(
+    ("number", "extra", "words"),
+    [
+        ("03", ["--steps", "300"], "usable:"),
+        ("03", ["--model", "nowhere"], "nowhere is missing"),
+        ("03", ["--unet", "nowhere"], "expected: a U-Net"),
+        ("03", ["--prompt-file", "tests"], "tests is damaged"),
+        ("03", ["--device", "cuda"], "no such device"),
+    ],
+)
+def test_bad_options_leave_the_folder_where_it_is(place, number, extra, words):
+    before = place.files()
+    code, text = place.run(number, *extra)
+    assert code == 3 and words in text, text
+    assert place.files() == before
+
+
+@pytest.mark.parametrize("file", ["timing.json", "../../../../.cache/sha256.json"])
+def test_damaged_bookkeeping_costs_nothing(place, done, file):
+    folder = place.work / "demo/03_samples/ipc2/gvd"
+    (folder / file).write_text("[")
+    (folder / "Walk/0_0.npy").unlink()
+    assert place.run("03")[0] == 0
+    assert place.files() == done.files()
+
+
+@pytest.mark.parametrize("text", ["{", '{"parameterz": 1}', "[]"])
+def test_damaged_identity_of_an_incomplete_folder(place, done, text):
+    folder = place.work / "demo/03_samples/ipc2/gvd"
+    (folder / "manifest.json").unlink()
+    (folder / "identity.json").write_text(text)
+    code, out = place.run("03")
+    assert code == 3 and "--redo" in out, out
+    assert place.run("03", "--redo")[0] == 0
+    now = place.files()
+    assert {name: now[name] for name in done.files()} == done.files()
+
+
+def test_a_kept_folder_that_is_damaged_stays_aside(place):
+    assert place.run("03", "--guidance", 0.3)[0] == 0
+    kept = next((place.work / "demo/03_samples/ipc2").glob("gvd.old-*"))
+    (kept / "identity.json").write_text("{")
+    for extra in ([], ["--guidance", 0.3], []):
+        code, text = place.run("03", *extra)
+        assert code == 0, text
+    assert (kept / "identity.json").read_text() == "{"
+
+
+def test_killed_between_the_manifest_and_the_end(place, done):
+    folder = place.work / "demo/03_samples/ipc2/gvd"
+    shutil.copy(folder / "manifest.json", folder / contract.EARLIER)
+    assert "03 fresh" in place.run("03")[1]
+    assert place.files() == done.files()
+
+
+def test_saved_network_of_a_killed_run_is_completed(place):
+    assert place.run("05", "--train-on", "full", "--save", "--repeats", 1)[0] == 0
+    before = place.files()
+    (place.work / "demo/05_networks/minic3d__demo/manifest.json").unlink()
+    assert place.run("05", "--train-on", "full", "--save", "--repeats", 1)[0] == 0
+    assert place.files() == before
+
+
+def test_broken_videos_count_over_the_data_set(empty, tmp_path):
+    place = Place(tmp_path / "data", empty.model, tmp_path / "work")
+    shutil.copytree(empty.data, place.data)
+    for label in CLASSES:
+        (place.data / f"demo/UCF-101/{label}/v_{label}_g10_c01.avi").write_bytes(b"")
+    for _ in range(2):
+        code, text = place.run("01", "--allow-bad", 1)
+        assert code == 3 and "2 videos cannot be decoded" in text and "--allow-bad 2" in text, text
+
+
+def test_another_folder_does_not_take_a_set_s_name(place):
+    code, text = place.run("05", "--train-on", place.work / "demo/03_samples/ipc2/gvd")
+    assert code == 3 and "type --name" in text, text
+    code, text = place.run("05", "--train-on", place.work / "demo/03_samples/ipc2/gvd", "--name", "uncomposed")
+    assert code == 0, text

@@ -70,13 +70,16 @@ def test_linear_decay():
 @pytest.mark.parametrize("steps", [1000, 300, 600, 2000])
 def test_step_counts_that_the_schedule_cannot_serve(scheduler, steps):
     with pytest.raises(contract.ContractError, match="usable: .*50"):
-        load_stage("03").set_timesteps(scheduler, steps)
+        load_stage("03").check_steps(scheduler.config, steps)
 
 
 @pytest.mark.parametrize("steps", [*range(1, 21), 25, 50, 100])
 def test_step_counts_that_it_can_serve(scheduler, steps):
-    load_stage("03").set_timesteps(scheduler, steps)
+    """The rule by arithmetic says the same as the library's timesteps."""
+    load_stage("03").check_steps(scheduler.config, steps)
+    scheduler.set_timesteps(steps)
     assert len(scheduler.timesteps) == steps
+    assert min(950, 1000 - 1250 / steps) <= scheduler.timesteps[0] < 1000
 
 
 def test_sampling_without_guidance_equals_the_library_s_pipeline(empty):
@@ -88,7 +91,7 @@ def test_sampling_without_guidance_equals_the_library_s_pipeline(empty):
     stage, device = load_stage("03"), torch.device("cpu")
     unet = common.load_part(empty.model / "unet", "unet", device, torch.float32)
     scheduler = DDIMScheduler.from_pretrained(empty.model / "scheduler")
-    stage.set_timesteps(scheduler, 5)
+    scheduler.set_timesteps(5)
     text = stage.embed(empty.model, {"Walk": "a man walks"}, device)
     noise = torch.randn(1, 4, 16, 8, 10, generator=contract.generator(0, "pipeline"))
     settings = argparse.Namespace(guidance=0.0, stop=0.5, cfg=4.0)
