@@ -11,7 +11,7 @@ Writes:  work/<data set>/01_latents/<class>.npy         float16 [n, 16, 4, h, w]
          that its split 1 leaves unused and that Dancing with Still Images and GVD train on (02 and 05 choose)
 Run:     python 01_encode_latents.py hmdb51
          python 01_encode_latents.py demo
-Cost:    demo: 1 min on two CPU cores. hmdb51, by estimate: 0.5 h on an A100, 9.7 GB of latents, 4.1 GB of clips
+Cost:    demo: 25 s on two CPU cores. hmdb51, by estimate: 0.6 h on an A100, 1.2 GB of latents, 4.1 GB of clips
 Expect:  demo: 864 training and 336 test clips, latents with a standard deviation of 1.0
 Differs: the paper says VQGAN encoder; ModelScope's is a KL autoencoder, of which the mean is taken
 """

@@ -8,7 +8,7 @@ Writes:  work/<data set>/02_prototypes/ipc<K>/direct/<class>.npy  float32 [K, 16
          and <class>.csv beside it: name, prototype, distance of every member
 Run:     python 02_kmeans_prototypes.py hmdb51 20
          python 02_kmeans_prototypes.py demo 5
-Cost:    demo: 5 s. hmdb51 IPC 20, by estimate: 15 min on 8 cores, 2.4 GB of memory for the largest class
+Cost:    demo: 1 s. hmdb51 IPC 20, by estimate: 15 min on one CPU core, 1 GB of memory for the largest class
 Expect:  K clusters per class, none empty; prototypes are smaller in norm than latents, as means are
 Differs: K = IPC, and 03 uses each prototype for as many draws as a composed video has sources (paper_facts.md 2.6)
 """

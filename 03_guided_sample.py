@@ -9,7 +9,7 @@ Writes:  work/<data set>/03_samples/ipc<K>/<--name>/<class>/<prototype>_<draw>.n
          and the same name .mp4: H.264, 16 frames at generator size
 Run:     python 03_guided_sample.py hmdb51 20
          python 03_guided_sample.py demo 5
-Cost:    demo IPC 5: 160 videos, 3 min on two CPU cores. hmdb51 IPC 20, by estimate: 4,080 videos, 8 h on an A100
+Cost:    demo IPC 5: 160 videos, 4 min on two CPU cores. hmdb51 IPC 20, by estimate: 4,080 videos, 8 h on an A100
 Expect:  videos of the class that look like its prototypes; --guidance 0 is the naive baseline, with prompts alone
 Differs: the minus sign, sigma_t = sqrt(1 - abar_t), 50 steps instead of 2000 and "stop at step 1000" read as the noisier
          half (the schedule has 1000 steps; paper_facts.md 2.1, 2.5); the U-Net is the published one
@@ -35,7 +35,7 @@ DRAWS = 4  # samples per prototype: the sources of one composed video (section 3
 BATCH = 8  # videos per batch, of one class and draw; how batches are cut can change last bits
 DECODE_BATCH = 16  # frames per forward of the VAE's decoder
 FPS = 8  # of the .mp4, as the model was trained
-SECONDS_PER_VIDEO = {"demo": 1.0}  # on two CPU cores; the real model on an A100, by estimate:
+SECONDS_PER_VIDEO = {"demo": 1.4}  # on two CPU cores; the real model on an A100, by estimate:
 SECONDS_PER_VIDEO_GPU = 7.0
 
 

@@ -8,7 +8,7 @@ Writes:  work/<data set>/04_distilled/ipc<K>/<--name>/<class>/<i>.mp4, i = 0 .. 
          and metadata.csv: file_name, label, sources, frames. The folder opens as a Hugging Face `videofolder` data set
 Run:     python 04_mvic_compose.py hmdb51 20
          python 04_mvic_compose.py demo 5
-Cost:    demo: 3 s. hmdb51 IPC 20, by estimate: 10 min on one CPU core, 0.4 GB
+Cost:    demo: 1 s. hmdb51 IPC 20, by estimate: 10 min on one CPU core, 0.4 GB
 Expect:  K videos per class, every generated video used once, frame numbers rising within each source
 Differs: nothing known
 """

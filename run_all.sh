@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The five stages in order, for one data set and IPC, up to the closing table.
 #
-#   bash run_all.sh                      the demo, IPC 5: about 12 minutes on two CPU cores, no GPU, no download of data
-#   bash run_all.sh hmdb51 20            HMDB51 at 20 videos per class: about 10 hours on one A100 (see README.md)
+#   bash run_all.sh                      the demo, IPC 5: about 11 minutes on two CPU cores, no GPU, no download of data
+#   bash run_all.sh hmdb51 20            HMDB51 at 20 videos per class: about 11 hours on one A100, by estimate (see README.md)
 #   bash run_all.sh demo 5 --03 '--guidance 0.3'      one stage with another option; what it does not touch stays
 #
 # It sets itself up first (--setup-only: nothing else). Every stage skips what is fresh, so running it again goes on

@@ -26,7 +26,7 @@ if [ -z "$python" ]; then
     fi
   done
   [ -n "$base" ] || { echo "set-up: no Python 3.11 or newer was found; install it, then run this again" >&2; exit 1; }
-  echo "set-up: installing requirements.txt into .venv"
+  echo "set-up: installing requirements.txt into .venv (a minute or more)"
   if command -v uv >/dev/null; then
     [ -x .venv/bin/python ] || uv venv --quiet --python "$base" .venv
     uv pip install --quiet --python .venv/bin/python -r requirements.txt

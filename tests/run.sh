@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up like run_all.sh, then runs ruff and pytest. Arguments go to pytest: bash tests/run.sh -m slow
+# Sets up like run_all.sh, then runs ruff and pytest. Arguments go to pytest: bash tests/run.sh -k mp4
 set -euo pipefail
 cd "$(dirname "$0")/.."
 test_modules="pytest ruff"

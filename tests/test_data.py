@@ -203,6 +203,7 @@ def test_chain_on_real_hmdb51_clips(real_data, empty, tmp_path):
     for number, extra in (
         ("01", ["--partial", "--size", "64x32", "--model", str(empty.model)]),
         ("02", ["1"]),
+        ("02", ["1", "--hmdb-train", "official", "--name", "official"]),
         ("03", ["1", "--steps", "2", "--model", str(empty.model)]),
         ("04", ["1"]),
         ("05", ["1", "--epochs", "1", "--repeats", "1", "--protocol", "gvd"]),
@@ -212,6 +213,11 @@ def test_chain_on_real_hmdb51_clips(real_data, empty, tmp_path):
         assert code == 0, text
     assert any("#" in row["name"] or "[" in row["name"] or row["name"][0] == "-"
                for row in common.read_csv(tmp_path / "work/hmdb51/01_clips/index.csv"))  # fmt: skip
+    rows = common.read_csv(tmp_path / "work/hmdb51/01_latents/index.csv")
+    for folder, official in (("direct", False), ("official", True)):
+        members = common.read_csv(tmp_path / f"work/hmdb51/02_prototypes/ipc1/{folder}/hug.csv")
+        wanted = [r["name"] for r in rows if r["class"] == "hug" and (r["official"] == "1" or not official)]
+        assert [m["name"] for m in members] == wanted
     assert np.load(tmp_path / "work/hmdb51/01_clips/test/wave.npy").shape == (3, 1, 16, 112, 112, 3)
     assert np.load(tmp_path / "work/hmdb51/01_latents/hug.npy").shape == (3, 16, 4, 8, 16)
 
