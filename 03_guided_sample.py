@@ -32,6 +32,7 @@ CFG = {"demo": 4.0}  # classifier-free guidance scale; every other data set:
 CFG_FULL = 9.0
 DRAWS = 4  # samples per prototype: the sources of one composed video (section 3.4)
 
+APART = ("plan",)  # definitions that only show something
 BATCH = 8  # videos per batch, of one class and draw; how batches are cut can change last bits
 DECODE_BATCH = 16  # frames per forward of the VAE's decoder
 FPS = 8  # of the .mp4, as the model was trained
@@ -159,15 +160,31 @@ def sample_batch(unet, scheduler, embeddings, prompt, prototypes, noise, args, d
     return torch.cat(pieces)
 
 
-def main():
-    args = parse_args()
-    number = min(args.ipc, args.limit or args.ipc)
+def plan(args, number):
+    """The plan, for --dry-run: (item, items, seconds, bytes, machine)."""
     videos = number * args.draws * len(args.classes)
-    per_video = SECONDS_PER_VIDEO.get(args.dataset, SECONDS_PER_VIDEO_GPU)
+    per_video = SECONDS_PER_VIDEO.get(args.dataset, SECONDS_PER_VIDEO_GPU) * args.steps
     width, height = args.spec["size"]
     size = videos * (16 * 4 * width * height // 64 * 2 + 0.15 * 16 * width * height)
     machine = "two CPU cores" if args.dataset == "demo" else "an A100"
-    cost = ("videos", videos, per_video * videos * args.steps / STEPS.get(args.dataset, STEPS_FULL), size, machine)
+    return "videos", videos, per_video * videos / STEPS.get(args.dataset, STEPS_FULL), size, machine
+
+
+def open_model(args):
+    """(the model's folder, the U-Net's folder, {part: content hash}), checked before anything is put aside."""
+    model = common.model_folder(args)
+    unet = model / "unet" if args.unet == "published" else Path(args.unet)
+    if not (unet / "config.json").is_file():
+        raise contract.ContractError(f"{unet / 'config.json'} is missing\n  expected: a U-Net in diffusers layout")
+    check_steps(contract.read_json(model / "scheduler" / "scheduler_config.json"), args.steps)
+    folders = {part: model / part for part in common.PARTS} | {"unet": unet}
+    return model, unet, {part: contract.folder_hash(folder, args) for part, folder in folders.items()}
+
+
+def main():
+    args = parse_args()
+    number = min(args.ipc, args.limit or args.ipc)
+    cost = plan(args, number)
     source = contract.work_folder(args, "02_prototypes", f"ipc{args.ipc}", args.prototypes)
     prompts = read_prompts(args)
     if args.dry_run and (args.after or not (source / "manifest.json").exists()):
@@ -176,27 +193,17 @@ def main():
     manifest = contract.read_folder(source, args, mend)
     contract.need(manifest, [f"{c}.npy" for c in args.classes], source, mend)
     try:
-        model = common.model_folder(args)
+        model, unet_folder, inputs = open_model(args)
     except contract.Missing:
         if args.dry_run:
             return contract.plan_after(args, "03", cost)
         raise
-    check_steps(contract.read_json(model / "scheduler" / "scheduler_config.json"), args.steps)
-    unet_folder = model / "unet" if args.unet == "published" else Path(args.unet)
-
-    if not (unet_folder / "config.json").is_file():
-        raise contract.ContractError(f"{unet_folder / 'config.json'} is missing\n  expected: a U-Net in diffusers layout")
 
     folder = contract.work_folder(args, "03_samples", f"ipc{args.ipc}", args.name)
     names = ("guidance", "stop", "steps", "cfg", "limit", "device", "threads", "dtype")
     settings = {"ipc": args.ipc, **{name: getattr(args, name) for name in names}}
-    inputs = {part: contract.folder_hash(model / part, args) for part in common.PARTS if part != "unet"}
-    inputs["unet"] = contract.folder_hash(unet_folder, args)
-    of_class = {
-        c: contract.digest([prompts[c], manifest["outputs"][f"{c}.npy"]["sha256"], manifest["outputs"][f"{c}.npy"]["shape"]])
-        for c in args.classes
-    }
-    identity = contract.identity(__file__, args, settings, inputs, of_class)
+    of_class = {c: contract.digest([prompts[c], manifest["outputs"][f"{c}.npy"]["sha256"]]) for c in args.classes}
+    identity = contract.identity(__file__, args, settings, inputs, of_class, APART)
     batches = [  # breadth first: draw 0 of every class and prototype, then draw 1
         (draw, label, range(start, min(start + BATCH, number)))
         for draw in range(args.draws)
