@@ -16,8 +16,6 @@ Expect:  demo: 864 training and 336 test clips, latents with a standard deviatio
 Differs: the paper says VQGAN encoder; ModelScope's is a KL autoencoder, of which the mean is taken
 """
 
-import csv
-import io
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +26,7 @@ import common
 import contract
 
 APART = ("plan", "left_out")  # definitions that only show something
+INDEX = ("class", "name", "split", "row", "frames", "width", "height", "official")  # columns of index.csv
 ENCODER_BATCH = 16  # frames per forward of the VAE: one clip
 SECONDS_PER_CLIP = {"demo": 0.05}  # on two CPU cores; the real sets on an A100, by estimate:
 SECONDS_PER_CLIP_GPU = 0.3
@@ -103,15 +102,6 @@ def stacked(arrays, shape, dtype):
     return np.stack(arrays) if arrays else np.zeros((0, *shape), dtype)
 
 
-def save_index(path, rows):
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["class", "name", "split", "row", "frames", "width", "height", "official"])
-    writer.writerows(rows)
-    with contract.atomic(path) as handle:
-        handle.write(text.getvalue().encode())
-
-
 def left_out(clips, folder, label):
     """Paths of a class that was made before without its broken videos (--allow-bad)."""
     names = {row["name"] for row in common.read_csv(folder / "index" / f"{label}.csv")}
@@ -121,7 +111,7 @@ def left_out(clips, folder, label):
 def close_folder(folder, identity, wanted, args):
     """Writes index.csv of all classes that are there, and the manifest."""
     of_class = {name: common.read_csv(folder / name) for name in contract.listed(folder, wanted) if name.startswith("index/")}
-    save_index(folder / "index.csv", [list(row.values()) for rows in of_class.values() for row in rows])
+    common.write_csv(folder / "index.csv", INDEX, [list(row.values()) for rows in of_class.values() for row in rows])
     kinds = {name: ([len(rows), 8], "csv") for name, rows in of_class.items()}
     kinds["index.csv"] = ([sum(map(len, of_class.values())), 8], "csv")
     contract.finish(folder, identity, wanted, args, ["opencv-python-headless", "diffusers"], kinds)
@@ -178,17 +168,17 @@ def main():
             continue  # go on, so that every broken video is named, but leave this class to be made
         if todo is not None:
             contract.save_array(latents_folder / f"{label}.npy", stacked(latents, latent_shape, np.float16))
-            save_index(latents_folder / "index" / f"{label}.csv", [row for row in rows if row[2] == "train"])
+            common.write_csv(latents_folder / "index" / f"{label}.csv", INDEX, [row for row in rows if row[2] == "train"])
         if clips_todo is not None:
             for split in ("train", "test"):
                 contract.save_array(clips_folder / split / f"{label}.npy", stacked(network[split], clip_shape, np.uint8))
-            save_index(clips_folder / "index" / f"{label}.csv", rows)
+            common.write_csv(clips_folder / "index" / f"{label}.csv", INDEX, rows)
     for path, error in bad:
         contract.say(f"01 broken video: {path}: {error}")
     if len(bad) > args.allow_bad:
         raise contract.ContractError(
             f"{len(bad)} videos cannot be decoded, the first is {bad[0][0]}: {bad[0][1]}\n  expected: at most "
-            f"{args.allow_bad}\n  mend them, or leave them out: {contract.again(args, '--allow-bad', len(bad))}"
+            f"{args.allow_bad}\n  mend them, or leave them out: {contract.again('--allow-bad', len(bad))}"
         )
     if todo is not None:
         close_folder(latents_folder, identity, wanted, args)

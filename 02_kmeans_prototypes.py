@@ -13,9 +13,6 @@ Expect:  K clusters per class, none empty; prototypes are smaller in norm than l
 Differs: K = IPC, and 03 uses each prototype for as many draws as a composed video has sources (paper_facts.md 2.6)
 """
 
-import csv
-import io
-
 import numpy as np
 from tqdm import tqdm
 
@@ -91,7 +88,7 @@ def main():
 
     folder = contract.work_folder(args, "02_prototypes", f"ipc{args.ipc}", args.name)
     settings = {"ipc": args.ipc, "hmdb_train": args.hmdb_train, "limit": args.limit}
-    inputs = {c: contract.content(manifest, lambda name, c=c: name in (f"{c}.npy", f"index/{c}.csv")) for c in rows}
+    inputs = {c: contract.content(manifest, (f"{c}.npy", f"index/{c}.csv")) for c in rows}
     identity = contract.identity(__file__, args, settings, {}, inputs)
     wanted = [f"{c}.{kind}" for c in args.classes for kind in ("npy", "csv")]
     todo, identity = contract.begin(folder, identity, wanted, args, cost)
@@ -102,13 +99,10 @@ def main():
         latents = latents[[int(row["row"]) for row in rows[label]]]
         seed = contract.generator(args.seed, "02", label).initial_seed() % 2**32
         prototypes, clusters, distances = prototypes_of(latents, args.ipc, seed, label)
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["name", "prototype", "distance"])
-        for row, k, distance in zip(rows[label], clusters, distances, strict=True):
-            writer.writerow([row["name"], k, f"{distance:.4f}"])
-        with contract.atomic(folder / f"{label}.csv") as handle:
-            handle.write(text.getvalue().encode())
+        members = [
+            [row["name"], k, f"{distance:.4f}"] for row, k, distance in zip(rows[label], clusters, distances, strict=True)
+        ]
+        common.write_csv(folder / f"{label}.csv", ("name", "prototype", "distance"), members)
         contract.save_array(folder / f"{label}.npy", prototypes)
     kinds = {f"{c}.csv": ([len(rows[c]), 3], "csv") for c in args.classes}
     contract.finish(folder, identity, wanted, args, ["scikit-learn"], kinds)

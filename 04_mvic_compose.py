@@ -5,16 +5,13 @@ frames in temporal order; the group's frames, joined video after video, are one 
 
 Reads:   work/<data set>/03_samples/ipc<K>/<--samples>/<class>/<prototype>_<draw>.mp4
 Writes:  work/<data set>/04_distilled/ipc<K>/<--name>/<class>/<i>.mp4, i = 0 .. K-1, 16 frames at generator size
-         and metadata.csv: file_name, label, sources, frames. The folder opens as a Hugging Face `videofolder` data set
+         and metadata.csv: file_name, label, sources, frames. The layout of a Hugging Face `videofolder` data set
 Run:     python 04_mvic_compose.py hmdb51 20
          python 04_mvic_compose.py demo 5
 Cost:    demo: 1 s. hmdb51 IPC 20, by estimate: 10 min on one CPU core, 0.4 GB
 Expect:  K videos per class, every generated video used once, frame numbers rising within each source
 Differs: nothing known
 """
-
-import csv
-import io
 
 import numpy as np
 import torch
@@ -90,7 +87,7 @@ def main():
     contract.need(manifest, [name for names in needed.values() for name in names], source, mend)
 
     folder = contract.work_folder(args, "04_distilled", f"ipc{args.ipc}", args.name)
-    inputs = {c: contract.content(manifest, lambda name, c=c: name in needed[c]) for c in args.classes}
+    inputs = {c: contract.content(manifest, needed[c]) for c in args.classes}
     identity = contract.identity(__file__, args, {"ipc": args.ipc, "limit": args.limit}, {}, inputs)
     wanted = [f"{c}/{i}.mp4" for c in args.classes for i in range(number)] + ["metadata.csv"]
     todo, identity = contract.begin(folder, identity, wanted, args, cost, ["metadata.csv"])
@@ -104,17 +101,14 @@ def main():
             if f"{label}/{i}.mp4" in todo:
                 sources = {sample: read_sample(source / label / f"{sample}.mp4", shape, mend) for sample, _ in plan}
                 common.write_mp4(folder / label / f"{i}.mp4", compose(sources, plan), FPS)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["file_name", "label", "sources", "frames"])
+    rows = []
     videos = [name for name in contract.listed(folder, wanted) if name.endswith(".mp4")]
     for label in sorted({name.split("/")[0] for name in videos}):
         for i, plan in enumerate(compose_plan(label, number, args.seed)):
             frames = " ".join("-".join(map(str, frames)) for _, frames in plan)
-            writer.writerow([f"{label}/{i}.mp4", label, " ".join(sample for sample, _ in plan), frames])
-    with contract.atomic(folder / "metadata.csv") as handle:
-        handle.write(text.getvalue().encode())
-    kinds["metadata.csv"] = ([len(videos), 4], "csv")
+            rows.append([f"{label}/{i}.mp4", label, " ".join(sample for sample, _ in plan), frames])
+    common.write_csv(folder / "metadata.csv", ("file_name", "label", "sources", "frames"), rows)
+    kinds["metadata.csv"] = ([len(rows), 4], "csv")
     contract.finish(folder, identity, wanted, args, ["opencv-python-headless", "av"], kinds)
 
 

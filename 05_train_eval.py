@@ -1,8 +1,7 @@
 """Stage 05: a data set -> the accuracy of a network trained on it (section 4.1), and the closing table.
 
 MiniC3D is trained from scratch with hard labels on a distilled folder, on as many random real clips, or on all, and
-tested on the full test set at its last epoch. Every repeat has its own network seed, and for `random` its
-own clips.
+tested on the full test set at its last epoch. Every repeat has its own network seed, and for `random` its own clips.
 
 Reads:   work/<data set>/04_distilled/ipc<K>/<set>/<class>/*.mp4 (--train-on SET or any folder of <class>/*.mp4)
          or work/<data set>/01_clips/train/<class>.npy (--train-on random or full); 01_clips/test/<class>.npy
@@ -19,6 +18,7 @@ Expect:  demo IPC 5: see README. Chance is 1 / classes
 Differs: 500 epochs and not 501, a deterministic test pass, the last epoch and never the best (protocol.md 4)
 """
 
+import copy
 import json
 import os
 import statistics
@@ -132,6 +132,7 @@ def find_videos(args):
         hashes = contract.Hashes(args.work_dir)
         paths = sorted(p for p in folder.rglob("*.mp4") if not p.is_symlink() and not p.name.startswith("."))
         outputs = {p.relative_to(folder).as_posix(): {"sha256": hashes(p), "bytes": p.stat().st_size} for p in paths}
+        hashes.save()
     else:
         mend = contract.command("04_mvic_compose.py", args, "--name", folder.name)
         manifest = contract.read_folder(folder, args, mend)
@@ -150,7 +151,7 @@ def set_name(args, folder):
     name = args.name or folder.resolve().name
     own = contract.work_folder(args, "04_distilled", f"ipc{args.ipc}", name)
     taken = name in REAL or (own.is_dir() and own.resolve() != folder.resolve())
-    if taken and not (args.name and name not in REAL and not own.is_dir()):
+    if taken:
         raise contract.ContractError(f"{folder}: the name {name} is that of another set\n  type --name with one of its own")
     return name
 
@@ -338,11 +339,11 @@ def open_set(args):
     mend = contract.command("01_encode_latents.py", args)
     manifest = contract.read_folder(contract.work_folder(args, "01_clips"), args, mend)
     test_clips = real_clips(args, "test", manifest)
-    inputs = {"test clips": contract.content(manifest, lambda n: n in {f"test/{c}.npy" for c in args.classes})}
+    inputs = {"test clips": contract.content(manifest, [f"test/{c}.npy" for c in args.classes])}
     if args.train_on in REAL:
         train_clips = real_clips(args, "train", manifest)
-        used = {f"{kind}{c}.{end}" for c in args.classes for kind, end in (("train/", "npy"), ("index/", "csv"))}
-        inputs["training clips"] = contract.content(manifest, lambda n: n in used)
+        used = [name for c in args.classes for name in (f"train/{c}.npy", f"index/{c}.csv")]
+        inputs["training clips"] = contract.content(manifest, used)
         return args.name or args.train_on, lambda: train_clips, test_clips, inputs, None
     folder, videos, inputs["training videos"], size = find_videos(args)
     return set_name(args, folder), lambda: read_set(folder, videos, args), test_clips, inputs, size
@@ -405,7 +406,7 @@ def main():
     wanted = [*repeats, "result.json"]
     keep = None
     if args.save:
-        keep, kept_identity = contract.begin(kept, dict(identity), ["network.safetensors"], args, cost)
+        keep, kept_identity = contract.begin(kept, copy.deepcopy(identity), ["network.safetensors"], args, cost)
     todo, identity = contract.begin(folder, identity, wanted, args, cost, ["result.json"])
     if todo is None and keep is None:
         return

@@ -6,6 +6,7 @@ folder of artifacts is identified, checked and written is in contract.py.
 
 import argparse
 import csv
+import io
 import re
 from pathlib import Path
 
@@ -368,6 +369,14 @@ def write_mp4(path, frames, rate=8):
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
             container.mux(stream.encode(picture.reformat(format="yuv420p")))
         container.mux(stream.encode())
+
+
+def write_csv(path, header, rows):
+    """A CSV file with a header, atomically."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    with atomic(path) as handle:
+        handle.write(text.getvalue().encode())
 
 
 def read_csv(path):

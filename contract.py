@@ -383,7 +383,7 @@ def begin(folder, identity, wanted, args, cost, derived=()):
         name, expected, found = changed[0]
         raise ContractError(
             f"{folder / name} has changed since it was made ({len(changed)} changed in all)\n"
-            f"  expected: sha256 {expected}\n  found:    sha256 {found}\n  to make it again: {again(args)}"
+            f"  expected: sha256 {expected}\n  found:    sha256 {found}\n  to make it again: {again()}"
         )
     redo = ({name for name, *_ in changed} or set(wanted)) if args.redo else set()
     missing = [name for name in wanted if name in redo or place is None or not (place / name).is_file()]
@@ -444,7 +444,7 @@ def settle(folder, identity, wanted, args):
         return any((folder / name).is_file() for name in names)
 
     try:
-        old = recorded_identity(folder, args)
+        old = recorded_identity(folder)
     except ContractError:
         if not args.redo:
             raise
@@ -464,7 +464,7 @@ def settle(folder, identity, wanted, args):
     for kept in sorted(folder.parent.iterdir()) if folder.parent.is_dir() else []:
         if kept.name.startswith(folder.name + ".old-"):
             with contextlib.suppress(ContractError):  # a damaged one stays aside
-                old = recorded_identity(kept, args)
+                old = recorded_identity(kept)
                 if old and not differences(old, identity):
                     note(f"taken back from {kept.name}")
                     if args.dry_run:
@@ -477,7 +477,7 @@ def settle(folder, identity, wanted, args):
     return None, None, notes
 
 
-def recorded_identity(folder, args):
+def recorded_identity(folder):
     """The identity of a folder, None when there is none; ContractError when it or the manifest was changed."""
     if not (folder / "identity.json").exists() and not (folder / "manifest.json").exists():
         return None
@@ -488,13 +488,13 @@ def recorded_identity(folder, args):
     except (ContractError, AttributeError):
         same = False
     if (folder / "manifest.json").exists():
-        same = checked_manifest(folder / "manifest.json", again(args))["identity"] == body if same else False
+        same = checked_manifest(folder / "manifest.json", again())["identity"] == body if same else False
     elif (folder / EARLIER).exists():
-        checked_manifest(folder / EARLIER, again(args))
+        checked_manifest(folder / EARLIER, again())
     if not same:
         raise ContractError(
             f"{folder / 'identity.json'} has changed since it was written\n  expected: what it was written as\n"
-            f"  found:    something else\n  to make it again: {again(args)}"
+            f"  found:    something else\n  to make it again: {again()}"
         )
     return body
 
@@ -531,7 +531,7 @@ def changed_files(folder, manifest, derived, args):
     return changed
 
 
-def again(args, *extra):
+def again(*extra):
     """This run's own command with more options, --redo if none are given."""
     words = [word for word in sys.argv[1:] if word not in ("--dry-run", "--redo")]
     return shlex.join([python(), Path(sys.argv[0]).name, *words, *map(str, extra or ["--redo"])])
@@ -634,9 +634,9 @@ def need(manifest, names, folder, mend):
         )
 
 
-def content(manifest, keep=lambda name: True):
-    """Content hash of an input folder, or of the part of it that is kept: names and bytes, not how they were made."""
-    return digest({name: e["sha256"] for name, e in manifest["outputs"].items() if keep(name)})
+def content(manifest, names):
+    """Content hash of the files of an input folder that are read: their names and bytes, not how they were made."""
+    return digest({name: manifest["outputs"][name]["sha256"] for name in names})
 
 
 def plan_after(args, number, cost):

@@ -119,7 +119,7 @@ stage 5 05_train_eval.py "$dataset" "$ipc" --train-on random "${shared[@]}" "${o
 [ "$dry" = 0 ] && [ "$to" = 5 ] || exit 0
 
 if [ "$dataset" = demo ]; then
-  run demo/contact_sheet.py "$ipc" "${paths[@]}" "${model[@]}"
+  run demo/contact_sheet.py "$ipc" --work-dir "$work_dir" "${model[@]}"
 fi
 run 05_train_eval.py "$dataset" "$ipc" --table "${paths[@]}"
 echo "total: $((SECONDS / 60)) min $((SECONDS % 60)) s"

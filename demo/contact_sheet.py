@@ -49,10 +49,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ipc", type=int, help="videos per class of the run")
     parser.add_argument("--work-dir", type=Path, default=Path("work"), help="folder of the artifacts (work)")
-    parser.add_argument("--data-root", type=Path, default=Path("data"), help="not used; as in the stages")
     parser.add_argument("--model", help="folder of the text-to-video model (demo/models/t2v)")
     args = parser.parse_args()
-    args.dataset = "demo"
+    args.dataset, args.dry_run = "demo", False
     work = args.work_dir / "demo"
     ipc = f"ipc{args.ipc}"
     folders = ("01_clips", f"02_prototypes/{ipc}/direct", f"03_samples/{ipc}/gvd", f"04_distilled/{ipc}/gvd")

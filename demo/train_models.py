@@ -177,7 +177,7 @@ def encode(vae, x, device, batch=256):
     return torch.cat([vae.encode(part.to(device)).latent_dist.mean.float().cpu() for part in x.split(batch)])
 
 
-def training_latents(clips, work, device):
+def training_latents(clips, device):
     """float32 [variants * n, 16, 4, 8, 8] scaled latents (two offsets, plain and mirrored), and class names."""
     vae = AutoencoderKL.from_pretrained(MODELS / "t2v" / "vae", torch_dtype=torch.float32).to(device).eval()
     latents = []
@@ -326,7 +326,7 @@ def main():
     if args.only in (None, "vae"):
         train_vae(clips, args.work, device, args.vae_steps)
     if args.only in (None, "unet"):
-        latents, labels = training_latents(clips, args.work, device)
+        latents, labels = training_latents(clips, device)
         train_unet(latents, labels, prompts, args.work, device, args.unet_steps)
 
 
