@@ -41,9 +41,11 @@ TEXT_LENGTH = 24  # tokens; the longest demo prompt has 20
 # Autoencoder: 3 levels, 4 latent channels, 32 px -> 8x8. AdamW, cosine rate.
 VAE_CHANNELS, VAE_STEPS, VAE_BATCH, VAE_RATE, KL_WEIGHT = (32, 64, 64), 1500, 64, 2e-3, 1e-4
 
-# U-Net and text encoder. AdamW; the rate warms up, stays, and falls to zero over the last 30 % of the steps.
+# U-Net and text encoder. AdamW; in each round the rate warms up, stays, and falls to zero over the last 30 % of its
+# steps. A round starts from the averaged weights of the one before: the first makes figures, the later ones teach the
+# order of the poses, which the temporal layers learn last.
 UNET_CHANNELS, HEAD, TEXT_WIDTH, TEXT_LAYERS = (48, 96), 16, 64, 2
-UNET_STEPS, UNET_BATCH, UNET_RATE, WARM_UP, COOL_DOWN = 5500, 8, 1e-3, 200, 0.3
+UNET_ROUNDS, UNET_BATCH, UNET_RATE, WARM_UP, COOL_DOWN = (5500, 6000), 8, 1e-3, 200, 0.3
 EMA = 0.999  # of the weights that are shipped
 TEXT_DROPOUT = 0.1  # share of clips trained with the empty prompt, for classifier-free guidance
 SNR_CLIP = 5.0  # loss weight min(SNR, 5) / SNR: the least noisy steps teach the least per clip
@@ -65,6 +67,14 @@ def save_checkpoint(path, state):
     temporary = path.with_suffix(".tmp")
     torch.save(state, temporary)
     os.replace(temporary, path)
+
+
+def load_checkpoint(path, settings):
+    """The state to go on from. A checkpoint of other settings is refused: its weights would not be what they say."""
+    saved = torch.load(path, weights_only=True)
+    if saved["settings"] != settings:
+        sys.exit(f"{path}: expected a checkpoint of {settings}, found one of {saved['settings']}; remove it to start anew")
+    return saved
 
 
 def training_clips(data_root):
@@ -226,8 +236,16 @@ def make_text_encoder(tokenizer):
     )
 
 
-def train_unet(latents, labels, prompts, work, device, steps):
+def make_optimiser(net):
+    decayed = [p for p in net.parameters() if p.ndim > 1]
+    plain = [p for p in net.parameters() if p.ndim <= 1]
+    groups = [dict(params=decayed, weight_decay=1e-2), dict(params=plain, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=UNET_RATE, betas=(0.9, 0.99))
+
+
+def train_unet(latents, labels, prompts, work, device, rounds):
     """Noise prediction (eq. 3) of the U-Net and, with it, the text encoder; writes the averaged weights."""
+    settings = dict(rounds=list(rounds), batch=UNET_BATCH, rate=UNET_RATE, channels=list(UNET_CHANNELS), clips=len(latents))
     torch.manual_seed(SEED)
     scheduler = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     tokenizer = CLIPTokenizer.from_pretrained(MODELS / "t2v" / "tokenizer")
@@ -239,10 +257,6 @@ def train_unet(latents, labels, prompts, work, device, steps):
             if isinstance(module, torch.nn.Conv3d) and module.kernel_size == (3, 1, 1):
                 module.forward = temporal_convolution.__get__(module)
     ema = {name: p.detach().clone() for name, p in net.named_parameters()}
-    decayed = [p for p in net.parameters() if p.ndim > 1]
-    plain = [p for p in net.parameters() if p.ndim <= 1]
-    groups = [dict(params=decayed, weight_decay=1e-2), dict(params=plain, weight_decay=0.0)]
-    optimiser = torch.optim.AdamW(groups, lr=UNET_RATE, betas=(0.9, 0.99))
 
     classes = sorted(prompts)
     texts = [prompts[c] for c in classes] + [""]
@@ -250,17 +264,23 @@ def train_unet(latents, labels, prompts, work, device, steps):
     ids = tokenizer(texts, **padded).input_ids.to(device)
     label_ids = torch.tensor([classes.index(label) for label in labels])
 
-    start, path = 0, work / "unet.pt"
+    start, path, steps = 0, work / "unet.pt", sum(rounds)
+    starts = [sum(rounds[:i]) for i in range(len(rounds))]
+    optimiser = make_optimiser(net)
     if path.exists():
-        saved = torch.load(path, weights_only=True)
+        saved = load_checkpoint(path, settings)
         start, ema = saved["step"], {n: p.to(device) for n, p in saved["ema"].items()}
         net.load_state_dict(saved["net"])
         optimiser.load_state_dict(saved["optimiser"])
-    if start >= steps:
-        print(f"unet: {path} has all {start} steps")
     bar, average = tqdm(range(start, steps), desc="unet", initial=start, total=steps, mininterval=5), None
     for step in bar:
-        rate = UNET_RATE * min(1.0, (step + 1) / WARM_UP, (steps - step) / (COOL_DOWN * steps))
+        if step in starts[1:]:
+            ema = {name: p.half().float() for name, p in ema.items()}  # as they would be shipped
+            net.load_state_dict(ema, strict=False)
+            optimiser = make_optimiser(net)
+        done = step - max(first for first in starts if first <= step)
+        length = rounds[max(i for i, first in enumerate(starts) if first <= step)]
+        rate = UNET_RATE * min(1.0, (done + 1) / WARM_UP, (length - done) / (COOL_DOWN * length))
         for group in optimiser.param_groups:
             group["lr"] = rate
         generator = step_generator("unet", step)
@@ -283,12 +303,12 @@ def train_unet(latents, labels, prompts, work, device, steps):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimiser.step()
-        decay = min(EMA, (step + 1) / (step + 10))
+        decay = min(EMA, (done + 1) / (done + 10))
         torch._foreach_lerp_(list(ema.values()), [p.detach() for p in net.parameters()], 1 - decay)
         average = loss.item() if average is None else 0.99 * average + 0.01 * loss.item()
         bar.set_postfix(loss=f"{average:.4f}", refresh=False)
         if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
-            state = dict(net=net.state_dict(), ema=ema, optimiser=optimiser.state_dict())
+            state = dict(net=net.state_dict(), ema=ema, optimiser=optimiser.state_dict(), settings=settings)
             save_checkpoint(path, {"step": step + 1, **state})
             export(net, ema, scheduler, work / "t2v")  # to look at while it trains
     export(net, ema, scheduler, MODELS / "t2v")
@@ -313,7 +333,7 @@ def main():
     parser.add_argument("--only", choices=("vae", "unet"), help="one part alone")
     parser.add_argument("--clip-tokenizer", help="folder of CLIP's tokenizer: trims it anew")
     parser.add_argument("--vae-steps", type=int, default=VAE_STEPS)
-    parser.add_argument("--unet-steps", type=int, default=UNET_STEPS)
+    parser.add_argument("--unet-steps", type=int, nargs="+", default=UNET_ROUNDS, help="steps of each round")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
