@@ -9,6 +9,8 @@ Writes:  <data root>/demo/UCF-101/<Class>/v_<Class>_g<GG>_c<CC>.avi   32x32, 40 
          <data root>/demo/ucfTrainTestlist/{classInd,trainlist01,testlist01}.txt
          <data root>/demo/drawn.json   seed and sha256 of the drawing code and of all files: written last
 Run:     python demo/draw_videos.py [--data-root data] [--seed 0]
+         python demo/draw_videos.py --data-root data/validation --validation   to choose settings on: groups 8 to 12, of
+         the training groups, are its test split, and the test clips (groups 1 to 7) are not there
 Cost:    about 20 s on two cores, 6 MB
 Expect:  8 classes, 864 training clips (groups 8 to 25) and 336 test clips (groups 1 to 7); the same bytes for a seed
 """
@@ -27,7 +29,8 @@ import numpy as np
 
 CLASSES = ("Cartwheel", "JumpingJack", "Kick", "Punch", "SitDown", "StandUp", "Walk", "Wave")
 NUM_GROUPS = 25  # as in UCF101; a group shares its background and its figure's colours
-NUM_TEST_GROUPS = 7  # groups 1 to 7 are the test split, as in UCF101's list 01
+TEST_GROUPS = range(1, 8)  # the test split, as in UCF101's list 01
+VALIDATION_GROUPS = range(8, 13)  # with --validation the test split; groups 1 to 7 are left out
 CLIPS_PER_GROUP = 6
 MIN_FRAMES, MAX_FRAMES = 40, 120
 FPS = 25
@@ -192,16 +195,22 @@ def draw_group(job):
     return digests
 
 
-def write_lists(root):
+def groups_of(validation):
+    """(all groups, those of the test split)."""
+    test = VALIDATION_GROUPS if validation else TEST_GROUPS
+    return range(test.start, NUM_GROUPS + 1), test
+
+
+def write_lists(root, groups, test_groups):
     """classInd.txt, trainlist01.txt and testlist01.txt as UCF101 has them; returns their sha256."""
     folder = root / "ucfTrainTestlist"
     folder.mkdir(parents=True, exist_ok=True)
     train, test = [], []
     for label, action in enumerate(CLASSES, 1):
-        for group in range(1, NUM_GROUPS + 1):
+        for group in groups:
             for clip in range(1, CLIPS_PER_GROUP + 1):
                 name = f"{action}/v_{action}_g{group:02d}_c{clip:02d}.avi"
-                (test.append(name) if group <= NUM_TEST_GROUPS else train.append(f"{name} {label}"))
+                (test.append(name) if group in test_groups else train.append(f"{name} {label}"))
     texts = {
         "classInd.txt": [f"{label} {action}" for label, action in enumerate(CLASSES, 1)],
         "trainlist01.txt": train,
@@ -219,6 +228,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", type=Path, default=Path("data"), help="folder that holds the data sets (data)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the world (0)")
+    parser.add_argument("--validation", action="store_true", help="draw the split to choose settings on")
     args = parser.parse_args()
 
     root, record = args.data_root / "demo", args.data_root / "demo" / "drawn.json"
@@ -226,6 +236,8 @@ def main():
     if record.exists():
         try:
             drawn = json.loads(record.read_text())
+            args.validation = args.validation or drawn["identity"]["validation"]  # run_all.sh draws without the option
+            identity["validation"] = args.validation
             same = drawn["identity"] == identity and all((root / name).is_file() for name in drawn["files"])
         except (ValueError, KeyError, TypeError):  # damaged: drawn again
             same = False
@@ -233,10 +245,12 @@ def main():
             print(f"demo videos: fresh, {len(drawn['files'])} files below {root}")
             return
         record.unlink()
+    identity["validation"] = args.validation
+    groups, test_groups = groups_of(args.validation)
     for action in CLASSES:
         (root / "UCF-101" / action).mkdir(parents=True, exist_ok=True)
-    jobs = [(root, action, group, args.seed) for action in CLASSES for group in range(1, NUM_GROUPS + 1)]
-    files = write_lists(root)
+    jobs = [(root, action, group, args.seed) for action in CLASSES for group in groups]
+    files = write_lists(root, groups, test_groups)
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for digests in pool.map(draw_group, jobs, chunksize=5):
             files.update(digests)

@@ -7,18 +7,22 @@ Only the demo's training clips are used.
 Reads:   <data root>/demo (demo/draw_videos.py), prompts/demo.json, demo/models/t2v/tokenizer
 Writes:  demo/models/t2v/{vae,text_encoder,unet,scheduler,tokenizer}
          work/demo_training/*.pt   checkpoints: a killed run goes on from the last one and ends with the same weights
-Run:     python demo/train_models.py                          everything
+Run:     python demo/train_models.py                          everything, then demo/measure_models.py
          python demo/train_models.py --only vae               one part: vae or unet
          python demo/train_models.py --clip-tokenizer FOLDER  makes the trimmed tokenizer again, from CLIP's
-Cost:    on two CPU cores 10 minutes for the autoencoder and about 60 minutes for the U-Net
+Cost:    on two CPU cores 10 minutes for the autoencoder and about 2 hours for the U-Net, then 40 minutes of measuring
+Expect:  the figures that demo/measure_models.py prints; other hardware, or another number of threads, other last bits
 """
 
 import argparse
 import hashlib
 import json
 import os
+import shutil
+import subprocess
 import sys
 import warnings
+from bisect import bisect_right
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -34,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 
-MODELS = ROOT / "demo" / "models"
+SHIPPED = ROOT / "demo" / "models" / "t2v"
 SEED = 0
 TEXT_LENGTH = 24  # tokens; the longest demo prompt has 20
 
@@ -93,7 +97,7 @@ def to_tensor(frames):
     return torch.from_numpy(np.ascontiguousarray(frames)).movedim(-1, -3).float() / 127.5 - 1
 
 
-def trim_tokenizer(source, prompts):
+def trim_tokenizer(source, prompts, out):
     """Writes CLIP's tokenizer with only the merges that the prompts' words need (and all single bytes)."""
     full = CLIPTokenizer.from_pretrained(source)
     merges = [tuple(line.split()) for line in Path(source, "merges.txt").read_text("utf-8").splitlines()[1:] if line]
@@ -118,7 +122,7 @@ def trim_tokenizer(source, prompts):
     )
     for text in prompts.values():
         assert small.convert_ids_to_tokens(small(text).input_ids) == full.convert_ids_to_tokens(full(text).input_ids)
-    small.save_pretrained(MODELS / "t2v" / "tokenizer")
+    small.save_pretrained(out / "tokenizer")
 
 
 def make_vae():
@@ -135,16 +139,17 @@ def make_vae():
     )
 
 
-def train_vae(clips, work, device, steps):
+def train_vae(clips, work, out, device, steps):
     """Trains and writes the autoencoder: squared error plus a little KL. The latents are centred at the end."""
     torch.manual_seed(SEED)
     vae = make_vae().to(device)
     optimiser = torch.optim.AdamW(vae.parameters(), lr=VAE_RATE, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps, eta_min=VAE_RATE / 50)
     frames = np.concatenate([f for _, f in clips])
+    settings = dict(steps=steps, batch=VAE_BATCH, rate=VAE_RATE, channels=list(VAE_CHANNELS), frames=len(frames))
     start, path = 0, work / "vae.pt"
     if path.exists():
-        saved = torch.load(path, weights_only=True)
+        saved = load_checkpoint(path, settings)
         start = saved["step"]
         for part, name in ((vae, "vae"), (optimiser, "optimiser"), (schedule, "schedule")):
             part.load_state_dict(saved[name])
@@ -167,6 +172,7 @@ def train_vae(clips, work, device, steps):
         bar.set_postfix(dB=f"{10 * np.log10(4 / error.item()):.1f}", refresh=False)
         if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
             state = dict(vae=vae.state_dict(), optimiser=optimiser.state_dict(), schedule=schedule.state_dict())
+            state["settings"] = settings
             save_checkpoint(path, {"step": step + 1, **state})
 
     # The mean latent is moved to zero inside the two 1x1 convolutions around it (the function stays the same), since a
@@ -178,7 +184,7 @@ def train_vae(clips, work, device, steps):
         vae.quant_conv.bias[:4] -= centre.to(device)
         vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ centre.to(device)
     vae.register_to_config(scaling_factor=round(1 / (means - centre[None, :, None, None]).std().item(), 5))
-    vae.half().save_pretrained(MODELS / "t2v" / "vae")
+    vae.half().save_pretrained(out / "vae")
 
 
 @torch.no_grad()
@@ -187,9 +193,9 @@ def encode(vae, x, device, batch=256):
     return torch.cat([vae.encode(part.to(device)).latent_dist.mean.float().cpu() for part in x.split(batch)])
 
 
-def training_latents(clips, device):
+def training_latents(clips, out, device):
     """float32 [variants * n, 16, 4, 8, 8] scaled latents (two offsets, plain and mirrored), and class names."""
-    vae = AutoencoderKL.from_pretrained(MODELS / "t2v" / "vae", torch_dtype=torch.float32).to(device).eval()
+    vae = AutoencoderKL.from_pretrained(out / "vae", torch_dtype=torch.float32).to(device).eval()
     latents = []
     for offset in LATENT_OFFSETS:
         for mirrored in (False, True):
@@ -243,12 +249,12 @@ def make_optimiser(net):
     return torch.optim.AdamW(groups, lr=UNET_RATE, betas=(0.9, 0.99))
 
 
-def train_unet(latents, labels, prompts, work, device, rounds):
+def train_unet(latents, labels, prompts, work, out, device, rounds):
     """Noise prediction (eq. 3) of the U-Net and, with it, the text encoder; writes the averaged weights."""
     settings = dict(rounds=list(rounds), batch=UNET_BATCH, rate=UNET_RATE, channels=list(UNET_CHANNELS), clips=len(latents))
     torch.manual_seed(SEED)
     scheduler = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-    tokenizer = CLIPTokenizer.from_pretrained(MODELS / "t2v" / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
     net = torch.nn.ModuleDict({"unet": make_unet(), "text_encoder": make_text_encoder(tokenizer)}).to(device)
     net.eval()  # the temporal convolutions' dropout of 0.1 stays off: it costs a tenth of the time
     if device.type == "cpu":  # twice as fast in training as the fused attention's backward pass at this size
@@ -278,8 +284,8 @@ def train_unet(latents, labels, prompts, work, device, rounds):
             ema = {name: p.half().float() for name, p in ema.items()}  # as they would be shipped
             net.load_state_dict(ema, strict=False)
             optimiser = make_optimiser(net)
-        done = step - max(first for first in starts if first <= step)
-        length = rounds[max(i for i, first in enumerate(starts) if first <= step)]
+        which = bisect_right(starts, step) - 1
+        done, length = step - starts[which], rounds[which]
         rate = UNET_RATE * min(1.0, (done + 1) / WARM_UP, (length - done) / (COOL_DOWN * length))
         for group in optimiser.param_groups:
             group["lr"] = rate
@@ -311,7 +317,7 @@ def train_unet(latents, labels, prompts, work, device, rounds):
             state = dict(net=net.state_dict(), ema=ema, optimiser=optimiser.state_dict(), settings=settings)
             save_checkpoint(path, {"step": step + 1, **state})
             export(net, ema, scheduler, work / "t2v")  # to look at while it trains
-    export(net, ema, scheduler, MODELS / "t2v")
+    export(net, ema, scheduler, out)
 
 
 def export(net, ema, scheduler, folder):
@@ -330,7 +336,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", type=Path, default=ROOT / "data", help="folder that holds demo/ (data)")
     parser.add_argument("--work", type=Path, default=ROOT / "work" / "demo_training", help="where checkpoints go")
-    parser.add_argument("--only", choices=("vae", "unet"), help="one part alone")
+    parser.add_argument("--out", type=Path, default=SHIPPED, help="folder of the model (demo/models/t2v)")
+    parser.add_argument("--only", choices=("vae", "unet"), help="one part alone, without the figures")
     parser.add_argument("--clip-tokenizer", help="folder of CLIP's tokenizer: trims it anew")
     parser.add_argument("--vae-steps", type=int, default=VAE_STEPS)
     parser.add_argument("--unet-steps", type=int, nargs="+", default=UNET_ROUNDS, help="steps of each round")
@@ -341,13 +348,18 @@ def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prompts = json.loads((ROOT / "prompts" / "demo.json").read_text())
     if args.clip_tokenizer:
-        trim_tokenizer(args.clip_tokenizer, prompts)
+        trim_tokenizer(args.clip_tokenizer, prompts, args.out)
+    elif not (args.out / "tokenizer").exists():
+        shutil.copytree(SHIPPED / "tokenizer", args.out / "tokenizer")
     clips = training_clips(args.data_root)
     if args.only in (None, "vae"):
-        train_vae(clips, args.work, device, args.vae_steps)
+        train_vae(clips, args.work, args.out, device, args.vae_steps)
     if args.only in (None, "unet"):
-        latents, labels = training_latents(clips, device)
-        train_unet(latents, labels, prompts, args.work, device, args.unet_steps)
+        latents, labels = training_latents(clips, args.out, device)
+        train_unet(latents, labels, prompts, args.work, args.out, device, args.unet_steps)
+    if args.only is None:
+        measure = [ROOT / "demo" / "measure_models.py", "--data-root", args.data_root, "--model", args.out]
+        subprocess.run([sys.executable, *measure], check=True)
 
 
 if __name__ == "__main__":
