@@ -1,0 +1,73 @@
+"""Compares settings of stage 03 on the demo's validation split, to choose the demo's defaults without its test clips.
+
+The validation split is made of training groups (demo/draw_videos.py --validation): prototypes, networks and `random` use
+groups 13 to 25, accuracies are those on groups 8 to 12.
+
+Reads:   the model: demo/models/t2v
+Writes:  work/validation/demo/..., as the stages do; results/demo_models/settings.csv is a copy of its settings.csv
+Run:     python demo/choose_settings.py
+Cost:    about 5 minutes per setting on two CPU cores; a killed run goes on
+Expect:  the setting that is chosen stands in 03_guided_sample.py (EDIT HERE)
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
+
+IPC = 5
+SETTINGS = (  # guidance lambda, stop, DDIM steps, classifier-free guidance
+    (0.0, 0.5, 25, 4.0),
+    (0.05, 0.5, 25, 4.0),
+    (0.1, 0.5, 25, 4.0),
+    (0.2, 0.5, 25, 4.0),
+    (0.1, 0.5, 25, 2.0),
+    (0.1, 0.5, 25, 7.0),
+    (0.1, 0.75, 25, 4.0),
+    (0.1, 0.5, 50, 4.0),
+)
+COLUMNS = ("guidance", "stop", "steps", "cfg", "top1_mean", "top1_std", "top1_values")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-root", type=Path, default=Path("data/validation"), help="(data/validation)")
+    parser.add_argument("--work-dir", type=Path, default=Path("work/validation"), help="(work/validation)")
+    parser.add_argument("--repeats", type=int, default=3, help="networks trained for each setting (3)")
+    args = parser.parse_args()
+    data, work = args.data_root.resolve(), args.work_dir.resolve()
+
+    def run(script, *words):
+        print("\n$ python", script, *words, flush=True)
+        subprocess.run([sys.executable, script, *map(str, words)], cwd=ROOT, check=True)
+
+    def stage(script, *words):
+        run(script, "demo", *words, "--work-dir", work, "--data-root", data)
+
+    def train_on(name):
+        stage("05_train_eval.py", IPC, "--train-on", name, "--repeats", args.repeats)
+        folder = work / "demo" / "05_results" / f"ipc{IPC}" / name / "minic3d__hard__demo"
+        top1 = json.loads((folder / "result.json").read_text())["top1"]
+        return [f"{top1['mean']:.2f}", f"{top1['std']:.2f}", " ".join(f"{v:.2f}" for v in top1["values"])]
+
+    run("demo/draw_videos.py", "--data-root", data, "--validation")
+    stage("01_encode_latents.py")
+    stage("02_kmeans_prototypes.py", IPC)
+    rows = [["random", "", "", "", *train_on("random")]]
+    for guidance, stop, steps, cfg in SETTINGS:
+        name = f"lambda{guidance}_stop{stop}_steps{steps}_cfg{cfg}"
+        words = ("--guidance", guidance, "--stop", stop, "--steps", steps, "--cfg", cfg, "--name", name)
+        stage("03_guided_sample.py", IPC, *words)
+        stage("04_mvic_compose.py", IPC, "--samples", name)
+        rows.append([guidance, stop, steps, cfg, *train_on(name)])
+        common.write_csv(work / "demo" / "settings.csv", COLUMNS, rows)
+    print((work / "demo" / "settings.csv").read_text())
+
+
+if __name__ == "__main__":
+    main()
