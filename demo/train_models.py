@@ -49,7 +49,7 @@ VAE_CHANNELS, VAE_STEPS, VAE_BATCH, VAE_RATE, KL_WEIGHT = (32, 64, 64), 1500, 64
 # steps. A round starts from the averaged weights of the one before: the first makes figures, the later ones teach the
 # order of the poses, which the temporal layers learn last.
 UNET_CHANNELS, HEAD, TEXT_WIDTH, TEXT_LAYERS = (48, 96), 16, 64, 2
-UNET_ROUNDS, UNET_BATCH, UNET_RATE, WARM_UP, COOL_DOWN = (5500, 6000), 8, 1e-3, 200, 0.3
+UNET_ROUNDS, UNET_BATCH, UNET_RATE, WARM_UP, COOL_DOWN = (5500, 4000), 8, 1e-3, 200, 0.3
 EMA = 0.999  # of the weights that are shipped
 TEXT_DROPOUT = 0.1  # share of clips trained with the empty prompt, for classifier-free guidance
 SNR_CLIP = 5.0  # loss weight min(SNR, 5) / SNR: the least noisy steps teach the least per clip
