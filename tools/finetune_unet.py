@@ -116,7 +116,10 @@ def embed(model, prompts, device):
     """Prompt embeddings float32 [len(prompts), tokens, width]; the text encoder is needed only here."""
     from transformers import CLIPTokenizer
 
-    tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
+    except (OSError, ValueError) as error:
+        raise contract.ContractError(f"{model / 'tokenizer'} cannot be loaded\n  found: {error}") from None
     encoder = common.load_part(model / "text_encoder", "text_encoder", device, torch.float32)
     padded = {"padding": "max_length", "truncation": True, "max_length": tokenizer.model_max_length}
     ids = tokenizer(prompts, return_tensors="pt", **padded).input_ids.to(device)
@@ -194,12 +197,11 @@ def draw(step, count, shape, total, args):
     return chosen, dropped, t, torch.randn((args.batch, *shape), generator=generator)
 
 
-def backward(network, scheduler, x0, noise, t, states, args, device, dtype):
-    """Adds the gradient of eq. 3 for a batch, in micro-batches (on the CPU always as a whole); returns the loss.
+def backward(network, scheduler, x0, noise, t, states, part, device, dtype):
+    """Adds the gradient of eq. 3 for a batch, `part` clips at a time; returns the loss.
 
     x0, noise: float32 [n, 4, 16, h, w]. t: [n]. states: [n, tokens, width].
     """
-    part = len(x0) if device.type == "cpu" else args.micro_batch
     x, total = scheduler.add_noise(x0, noise, t), 0.0
     pieces = zip(x.split(part), noise.split(part), t.split(part), states.split(part), strict=True)
     try:
@@ -229,6 +231,7 @@ def train(network, weights, scheduler, clips, states, args, device, dtype, path)
     ]
     optimiser = torch.optim.AdamW([g for g in groups if g["params"]], lr=args.rate, fused=device.type == "cuda")
     losses = []
+    part = args.batch if device.type == "cpu" else args.micro_batch
     if path.exists():
         try:
             saved = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
@@ -242,13 +245,14 @@ def train(network, weights, scheduler, clips, states, args, device, dtype, path)
             raise contract.ContractError(f"{path} is damaged\n  found: {error}\n  delete it: rm {path}") from None
     bar = tqdm(range(len(losses), args.steps), desc="fine-tuning", initial=len(losses), total=args.steps, mininterval=1)
     for step in bar:
+        rate = rate_at(step, args)
         for group in optimiser.param_groups:
-            group["lr"] = rate_at(step, args)
+            group["lr"] = rate
         chosen, dropped, t, noise = draw(step, clips.count, clips.shape, scheduler.config.num_train_timesteps, args)
         x0, rows = clips(chosen)
         rows = torch.where(dropped, len(states) - 1, rows).to(device)
         optimiser.zero_grad()
-        loss = backward(network, scheduler, x0, noise, t, states[rows], args, device, dtype)
+        loss = backward(network, scheduler, x0, noise, t, states[rows], part, device, dtype)
         norm = torch.nn.utils.clip_grad_norm_(weights.values(), CLIP_NORM)
         if not math.isfinite(loss) or not norm.isfinite():
             raise contract.ContractError(f"the loss of step {step} is not finite\n  type a smaller --rate than {args.rate}")

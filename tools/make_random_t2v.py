@@ -86,7 +86,7 @@ def make(part):
 @torch.no_grad()
 def write_network(network, folder, dtype, seed):
     """Gives a network from `make` random weights that keep activations near 1 and writes it; returns their number."""
-    network = network.to(dtype).to_empty(device="cpu")
+    network = torch.nn.Module.to(network, dtype).to_empty(device="cpu")  # diffusers' own warns about nothing
     for name, p in network.named_parameters():
         if p.ndim == 1:
             p.fill_(1.0 if name.endswith("weight") else 0.0)  # normalisations and biases
