@@ -49,9 +49,9 @@ EMA = 0.999  # of the averaged weights; less in the first steps
 TEXT_DROPOUT = 0.1  # share of clips with the empty prompt
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # attention of space, time and text
 
-APART = ("plan", "memory")  # definitions that only show something
+APART = ("plan", "memory", "MICRO_BATCH", "CHECKPOINT", "WEIGHTS", "GB_PER_CLIP")  # definitions that change no value
 FILES = (*common.UNET_FILES, "loss.csv", "loss.png")
-PARTS = ("text_encoder", "tokenizer", "unet", "scheduler")  # of the model
+PARTS = ("text_encoder", "tokenizer", "unet", "scheduler")  # of the model: what the training reads
 MICRO_BATCH = 4  # clips per forward on a GPU
 CHECKPOINT = 250  # steps between checkpoints
 SECONDS_PER_CLIP = {"demo": 0.1}  # of one step, on two CPU cores; the real model on an A100, by estimate:
@@ -362,7 +362,7 @@ def main():
     contract.need(manifest, [f"{c}.npy" for c in args.classes], source, mend)
     clips = training_clips(args, source)
     try:
-        model = common.model_folder(args, PARTS)
+        model = common.model_folder(args)
     except contract.Missing:
         if args.dry_run:
             return contract.plan_after(args, "finetune", cost)
