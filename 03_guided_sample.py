@@ -181,7 +181,7 @@ def open_model(args):
     if args.unet is None and default == tuned and not (tuned / "manifest.json").is_file():
         raise contract.Missing(
             f"{tuned / 'manifest.json'} is missing\n  expected: the U-Net fine-tuned on {args.dataset} (eq. 3)\n"
-            f"  to make it, 1.6 h on an A100: {mend}\n"
+            f"  to make it, 1.5 h on an A100: {mend}\n"
             f"  or take the published one:    {contract.again('--unet', 'published')}"
         )
     model, choice = common.model_folder(args), args.unet or default

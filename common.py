@@ -239,6 +239,7 @@ def model_folder(args, parts=PARTS):
             ) from None
     names = {"tokenizer": "tokenizer_config.json", "scheduler": "scheduler_config.json"}
     get = f"to get it: hf download {MODELSCOPE} --local-dir FOLDER ; then --model FOLDER"
+    get = "to make it: python demo/train_models.py" if name == DEMO_MODEL else get
     for part in parts:
         path = folder / part / names.get(part, "config.json")
         if not isinstance(read_json(path), dict):
