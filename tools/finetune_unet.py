@@ -14,7 +14,7 @@ Run:     python tools/finetune_unet.py hmdb51
 Cost:    hmdb51, by estimate: 2,500 steps of 8 clips, 4 forwards' worth each with gradient checkpointing = 694 PFLOP, 1.5 h
          on an A100; 54 GB of its memory: 28 GB of state (1.411 billion weights of 4 bytes, their gradients, AdamW's two
          moments, the average), 6 GB of half-precision copies and loose ends, 5 GB for each of 4 clips per forward
-         (--micro-batch 1: 39 GB). --lora 16: 31 GB, or 16. A checkpoint is 23 GB. demo: 4 min on two CPU cores
+         (--micro-batch 1: 39 GB). --lora 16: 31 GB, or 16. A checkpoint is 23 GB. demo: 4 to 6 min on two CPU cores
 Expect:  a loss that falls little and slowly: it is the base model's own, and most of it is noise level
 Differs: the paper states neither steps nor rate nor batch; ours are those that fine-tunes of this model usually take. The
          dropout of the temporal convolutions is off, so that a step depends on its own generator alone
