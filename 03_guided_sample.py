@@ -30,6 +30,7 @@ STEPS = {"demo": 25}  # DDIM steps; every other data set:
 STEPS_FULL = 50
 CFG = {"demo": 4.0}  # classifier-free guidance scale; every other data set:
 CFG_FULL = 9.0
+FINE_TUNED = ("hmdb51", "miniucf")  # sets whose U-Net is fine-tuned by default (eq. 3)
 DRAWS = 4  # samples per prototype: the sources of one composed video (section 3.4)
 
 APART = ("plan",)  # definitions that only show something
@@ -45,7 +46,9 @@ def parse_args():
     parser.add_argument("--name", default="gvd", help="name of the folder (gvd)")
     parser.add_argument("--prototypes", default="direct", help="folder of stage 02 (direct)")
     parser.add_argument("--model", help="folder or hub name of the text-to-video model (demo/models/t2v, ModelScope)")
-    parser.add_argument("--unet", default="published", help="folder of another U-Net, in diffusers layout (published)")
+    parser.add_argument(
+        "--unet", help="published, or the folder of another U-Net (hmdb51, miniucf: 03_unet/default; others: published)"
+    )
     parser.add_argument("--prompt-file", type=Path, help="JSON {class: prompt} (prompts/<data set>.json)")
     parser.add_argument("--guidance", type=float, default=GUIDANCE, help=f"strength lambda ({GUIDANCE})")
     parser.add_argument("--stop", type=float, default=STOP, help=f"guide while t > STOP * T ({STOP})")
@@ -172,13 +175,27 @@ def plan(args, number):
 
 def open_model(args):
     """(the model's folder, the U-Net's folder, {part: content hash}), checked before anything is put aside."""
-    model = common.model_folder(args)
-    unet = model / "unet" if args.unet == "published" else Path(args.unet)
-    if not (unet / "config.json").is_file():
+    tuned = contract.work_folder(args, "03_unet", "default")
+    default = tuned if args.dataset in FINE_TUNED else "published"
+    mend = contract.command("tools/finetune_unet.py", args)
+    if args.unet is None and default == tuned and not (tuned / "manifest.json").is_file():
+        raise contract.Missing(
+            f"{tuned / 'manifest.json'} is missing\n  expected: the U-Net fine-tuned on {args.dataset} (eq. 3)\n"
+            f"  to make it, 1.5 h on an A100: {mend}\n"
+            f"  or take the published one:    {contract.again('--unet', 'published')}"
+        )
+    model, choice = common.model_folder(args), args.unet or default
+    unet = model / "unet" if choice == "published" else Path(choice)
+    if not isinstance(contract.read_json(unet / "config.json"), dict):
         raise contract.ContractError(f"{unet / 'config.json'} is missing\n  expected: a U-Net in diffusers layout")
+    common.check_model(model, unet)
     check_steps(contract.read_json(model / "scheduler" / "scheduler_config.json"), args.steps)
-    folders = {part: model / part for part in common.PARTS} | {"unet": unet}
-    return model, unet, {part: contract.folder_hash(folder, args) for part, folder in folders.items()}
+    inputs = {part: contract.folder_hash(model / part, args) for part in common.PARTS if part != "unet"}
+    if (unet / "manifest.json").is_file():  # fine-tuned: its log and times are no part of it
+        inputs["unet"] = contract.content(contract.read_folder(unet, args, mend), sorted(common.UNET_FILES))
+    else:
+        inputs["unet"] = contract.folder_hash(unet, args)
+    return model, unet, inputs
 
 
 def main():

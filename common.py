@@ -213,12 +213,15 @@ def missing_data(dataset, data_root, path):
 MODELSCOPE = "ali-vilab/text-to-video-ms-1.7b"  # weights CC-BY-NC 4.0
 DEMO_MODEL = Path(__file__).resolve().parent / "demo" / "models" / "t2v"
 PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+NETWORKS = {"vae": "AutoencoderKL", "text_encoder": "CLIPTextModel", "unet": "UNet3DConditionModel"}
+UNET_FILES = ("config.json", "diffusion_pytorch_model.safetensors")  # of a fine-tuned U-Net
+WEIGHTS = ("*.fp16.safetensors", "*.safetensors", "*.fp16.bin", "*.bin")  # the first kind that is there is downloaded
 
 
 def model_folder(args, parts=PARTS):
     """The local folder of the text-to-video model in the published layout, with `parts`; a hub name is downloaded once.
 
-    Raises ContractError when it is not there, or when a part is missing.
+    Raises Missing when it is not there or when a part, or its weights, are missing.
     """
     name = args.model or (DEMO_MODEL if args.dataset == "demo" else MODELSCOPE)
     folder = Path(name)
@@ -226,11 +229,8 @@ def model_folder(args, parts=PARTS):
         if isinstance(name, Path) or str(name).count("/") != 1 or str(name).startswith((".", "/")):
             make = "\n  to make it: python demo/train_models.py" if name == DEMO_MODEL else ""
             raise Missing(f"{name} is missing\n  expected: a folder with {', '.join(PARTS)}{make}")
-        from huggingface_hub import snapshot_download
-
-        patterns = [f"{part}/{kind}" for part in PARTS for kind in ("*.json", "*.txt", "*.safetensors")]
         try:
-            folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=args.dry_run))
+            folder = download(name, args.dry_run)
         except Exception as error:
             raise Missing(
                 f"the model {name} is not on this machine and cannot be downloaded: {type(error).__name__}\n"
@@ -238,10 +238,56 @@ def model_folder(args, parts=PARTS):
                 f"  where there is a network: hf download {name} --local-dir FOLDER ; then --model FOLDER"
             ) from None
     names = {"tokenizer": "tokenizer_config.json", "scheduler": "scheduler_config.json"}
-    for path in (folder / part / names.get(part, "config.json") for part in parts):
+    get = f"to get it: hf download {MODELSCOPE} --local-dir FOLDER ; then --model FOLDER"
+    get = "to make it: python demo/train_models.py" if name == DEMO_MODEL else get
+    for part in parts:
+        path = folder / part / names.get(part, "config.json")
         if not isinstance(read_json(path), dict):
-            raise Missing(f"{path} is missing or no JSON object\n  expected: a folder with {', '.join(PARTS)}")
+            raise Missing(f"{path} is missing or no JSON object\n  expected: a folder with {', '.join(PARTS)}\n  {get}")
+        if part in NETWORKS and not any(any(path.parent.glob(kind)) for kind in WEIGHTS):
+            raise Missing(f"{path.parent} holds no weights\n  expected: *.safetensors or *.bin\n  {get}")
+        if part == "tokenizer" and not any((path.parent / file).is_file() for file in ("tokenizer.json", "vocab.json")):
+            raise Missing(f"{path.parent} holds no vocabulary\n  expected: vocab.json and merges.txt\n  {get}")
     return folder
+
+
+def download(name, local):
+    """The folder of a hub's model: everything but the weights, and these in half precision where there are such.
+
+    local: take what is on this machine already.
+    """
+    from huggingface_hub import snapshot_download
+
+    def get(*patterns):
+        return Path(snapshot_download(name, allow_patterns=list(patterns), local_files_only=local))
+
+    folder = get(*(f"{part}/{kind}" for part in PARTS for kind in ("*.json", "*.txt")))
+    for part in NETWORKS:
+        for kind in WEIGHTS:
+            if any((get(f"{part}/{kind}") / part).glob(kind)):
+                break
+    return folder
+
+
+def check_model(model, unet):
+    """ContractError when a model is not of ModelScope's architecture, or a U-Net's folder does not fit its other parts."""
+    text, vae = (read_json(model / part / "config.json") for part in ("text_encoder", "vae"))
+    config, schedule = read_json(unet / "config.json"), read_json(model / "scheduler" / "scheduler_config.json")
+    latent = vae.get("latent_channels")
+    for path, what, expected, found in (
+        (unet, "_class_name", NETWORKS["unet"], config.get("_class_name")),
+        (model / "vae", "_class_name", NETWORKS["vae"], vae.get("_class_name")),
+        (model / "text_encoder", "architectures", [NETWORKS["text_encoder"]], text.get("architectures")),
+        (model / "vae", "latent_channels", 4, latent),
+        (unet, "in_channels, out_channels", [latent] * 2, [config.get("in_channels", 4), config.get("out_channels", 4)]),
+        (unet, "cross_attention_dim", text.get("hidden_size"), config.get("cross_attention_dim", 1024)),
+        (model / "scheduler", "prediction_type", "epsilon", schedule.get("prediction_type", "epsilon")),
+    ):
+        if expected != found:
+            raise ContractError(
+                f"{path} is not of ModelScope's text-to-video architecture\n  expected: {what} {expected}\n"
+                f"  found:    {found}\n  take {MODELSCOPE} or a fine-tune of it"
+            )
 
 
 def load_part(folder, part, device, dtype):

@@ -32,7 +32,7 @@ class Missing(ContractError):
     """Data or a model that is not on this machine; --dry-run plans without it."""
 
 
-COMMON = Path(__file__).with_name("common.py")
+COMMON = Path(__file__).resolve().with_name("common.py")
 SCHEMA = 1  # of manifest.json
 EARLIER = ".manifest.json"  # the manifest of a folder that is being extended or mended
 CONTRACT_VERSION = 1  # raise it when a change of this file changes the bytes of an artifact
@@ -105,12 +105,18 @@ def work_folder(args, *parts):
 def command(script, args, *extra):
     """The command line that runs `script` for the same data set and folders, to be shown to the user."""
     words = [python(), script, args.dataset]
-    if not script.startswith("01") and getattr(args, "ipc", None):
+    if not script.startswith(("01", "tools")) and getattr(args, "ipc", None):
         words.append(str(args.ipc))
     for option, default in (("work_dir", Path("work")), ("data_root", Path("data")), ("seed", 0)):
         if (value := getattr(args, option)) != default:
             words += ["--" + option.replace("_", "-"), str(value)]
     return shlex.join([*words, *map(str, extra)])
+
+
+def own_name():
+    """The running script as the user types it: tools/finetune_unet.py, 03_guided_sample.py."""
+    path = Path(sys.argv[0]).resolve()
+    return path.relative_to(COMMON.parent).as_posix() if path.is_relative_to(COMMON.parent) else path.name
 
 
 def python():
@@ -130,13 +136,12 @@ def say(*words):
 def open_log(folder, identity):
     """Starts a run's part of log.txt: command, versions, parameters and the source that runs."""
     open_log.path = folder / "log.txt"
-    script = Path(sys.argv[0])
     lines = [
-        f"{time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}",
+        f"{time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join([own_name(), *sys.argv[1:]])}",
         f"python {platform.python_version()}",
     ]
     lines += [f"{k} = {v}" for k, v in sorted(identity["parameters"].items())]
-    for path in (script, COMMON):
+    for path in (Path(sys.argv[0]), COMMON):
         lines += ["=" * 20 + " " + path.name, path.read_text("utf-8"), "=" * 20]
     with open(open_log.path, "a", encoding="utf-8") as log:
         log.write("\n".join(lines) + "\n")
@@ -366,7 +371,7 @@ def begin(folder, identity, wanted, args, cost, derived=()):
     renamed to <name>.old-<8 hex>, or taken back from there.
     Raises ContractError when a file has changed since its manifest was written (--redo mends).
     """
-    number = identity["stage"][:2]
+    number = identity["stage"].split("_")[0]
     place, old, notes = settle(folder, identity, wanted, args)
     if old:  # the folder grows by classes; what was automatic stays what it was
         there = {part for path in place.rglob("*") for part in (path.stem, path.parent.name)}
@@ -423,7 +428,7 @@ def settle(folder, identity, wanted, args):
 
     With --dry-run nothing is moved: the folder returned is the one that would be used.
     """
-    number, notes = identity["stage"][:2], []
+    number, notes = identity["stage"].split("_")[0], []
 
     def note(text):
         notes.append(text)
@@ -534,7 +539,7 @@ def changed_files(folder, manifest, derived, args):
 def again(*extra):
     """This run's own command with more options, --redo if none are given."""
     words = [word for word in sys.argv[1:] if word not in ("--dry-run", "--redo")]
-    return shlex.join([python(), Path(sys.argv[0]).name, *words, *map(str, extra or ["--redo"])])
+    return shlex.join([python(), own_name(), *words, *map(str, extra or ["--redo"])])
 
 
 def remove_temporaries(paths):
@@ -584,7 +589,7 @@ def finish(folder, identity, wanted, args, packages, kinds=None):
     (folder / EARLIER).unlink(missing_ok=True)
     hashes.save()
     total = sum(entry["bytes"] for entry in outputs.values())
-    say(f"{identity['stage'][:2]} done: {len(outputs)} files, {total / 1e6:.1f} MB in {folder}, {seconds:.0f} s")
+    say(f"{identity['stage'].split('_')[0]} done: {len(outputs)} files, {total / 1e6:.1f} MB in {folder}, {seconds:.0f} s")
 
 
 def folder_hash(folder, args):

@@ -2,7 +2,7 @@
 # The five stages in order, for one data set and IPC, up to the closing table.
 #
 #   bash run_all.sh                      the demo, IPC 5: about 10 minutes on two CPU cores, no GPU, no download of data
-#   bash run_all.sh hmdb51 20            HMDB51 at 20 videos per class: about 11 hours on one A100, by estimate (see README.md)
+#   bash run_all.sh hmdb51 20            HMDB51 at 20 videos per class: about 13 hours on one A100, by estimate (see README.md)
 #   bash run_all.sh demo 5 --03 '--guidance 0.3'      one stage with another option; what it does not touch stays
 #
 # It sets itself up first (--setup-only: nothing else). Every stage skips what is fresh, so running it again goes on
@@ -22,11 +22,12 @@ DATASET  demo (default), hmdb51, miniucf or ucf101        IPC  videos per class 
   --work-dir D        artifacts go to D/<data set> (work)
   --data-root D       folder that holds the data sets (data)
   --model M           folder or hub name of the text-to-video model
-  --unet U            folder of another U-Net, or published
+  --unet U            published, or the folder of another U-Net; without it hmdb51 and miniucf fine-tune one first
   --device DEV        cpu, cuda, cuda:1 ...
   --classes A,B       only these classes
   --limit N           at most N items of each class
   --0N 'OPTIONS'      options for stage N alone, as --03 '--guidance 0.3' (see python 0N_*.py --help)
+  --finetune 'OPTIONS'  likewise for the fine-tuning of the U-Net (see python tools/finetune_unet.py --help)
   --dry-run           print the plan: what is fresh, stale or to do, hours and disk; run nothing
   --setup-only        install what is needed and stop
   --clean-old         delete the folders that were set aside as stale (*.old-*), and stop
@@ -43,6 +44,7 @@ dataset="" ipc="" from=1 to=5 dry=0 setup_only=0 clean_old=0
 work_dir=work data_root=data
 shared=()          # options for every stage
 model=() unet=()   # for the stages that load the model
+finetune=()        # for the fine-tuning
 declare -a options_1=() options_2=() options_3=() options_4=() options_5=()
 
 while [ $# -gt 0 ]; do
@@ -53,7 +55,7 @@ while [ $# -gt 0 ]; do
     --dry-run) dry=1 ;;
     --setup-only) setup_only=1 ;;
     --clean-old) clean_old=1 ;;
-    --from|--to|--seed|--work-dir|--data-root|--model|--unet|--device|--classes|--limit|--0[1-5])
+    --from|--to|--seed|--work-dir|--data-root|--model|--unet|--device|--classes|--limit|--finetune|--0[1-5])
       [ $# -ge 2 ] || fail "$1 needs a value"
       case "$1" in
         --from) from="$2" ;;
@@ -63,6 +65,7 @@ while [ $# -gt 0 ]; do
         --model) model=(--model "$2") ;;
         --unet) unet=(--unet "$2") ;;
         --seed|--device|--classes|--limit) shared+=("$1" "$2") ;;
+        --finetune) words "$2"; finetune+=("${words[@]}") ;;
         --01) words "$2"; options_1+=("${words[@]}") ;;
         --02) words "$2"; options_2+=("${words[@]}") ;;
         --03) words "$2"; options_3+=("${words[@]}") ;;
@@ -96,14 +99,14 @@ run() { # prints a command, then runs it
   "$python" "$@"
 }
 
-stage() { # number, script and its options: runs it, or with --dry-run prints its plan
+stage() { # number, script and its options: runs it, or with --dry-run prints its plan and sets `after`
   local number="$1"; shift
   if [ "$number" -lt "$from" ] || [ "$number" -gt "$to" ]; then return; fi
   if [ "$dry" = 0 ]; then run "$@"; return; fi
   local line
   line="$("$python" "$@" --dry-run ${after:+--after "$after"})"
   echo "$line"
-  if [ "$number" != 5 ] && grep -qvE "^0$number fresh" <<<"$line"; then after="0$number"; fi
+  if [ "$number" != 5 ] && grep -qvE '^\w+ (fresh|memory)' <<<"$line"; then after="$(tail -n1 <<<"$line" | cut -d' ' -f1)"; fi
 }
 after=""
 
@@ -111,7 +114,14 @@ if [ "$dataset" = demo ] && [ "$dry" = 0 ] && [ "$from" = 1 ]; then
   run demo/draw_videos.py --data-root "$data_root"
 fi
 stage 1 01_encode_latents.py "$dataset" "${shared[@]}" "${model[@]}" "${options_1[@]}"
+after_01="$after"
 stage 2 02_kmeans_prototypes.py "$dataset" "$ipc" "${shared[@]}" "${options_2[@]}"
+if [[ "$dataset" =~ ^(hmdb51|miniucf)$ && ${#unet[@]} = 0 ]]; then # the U-Net of stage 03; it waits for 01 alone
+  [ -f tools/finetune_unet.py ] || fail "tools/finetune_unet.py is missing; without it: --unet published"
+  after_02="$after" after="$after_01"
+  stage 3 tools/finetune_unet.py "$dataset" "${shared[@]}" "${model[@]}" "${finetune[@]}"
+  after="${after_02:-$after}"
+fi
 stage 3 03_guided_sample.py "$dataset" "$ipc" "${shared[@]}" "${model[@]}" "${unet[@]}" "${options_3[@]}"
 stage 4 04_mvic_compose.py "$dataset" "$ipc" "${shared[@]}" "${options_4[@]}"
 stage 5 05_train_eval.py "$dataset" "$ipc" --train-on gvd "${shared[@]}" "${options_5[@]}"

@@ -204,7 +204,7 @@ def test_chain_on_real_hmdb51_clips(real_data, empty, tmp_path):
         ("01", ["--partial", "--size", "64x32", "--model", str(empty.model)]),
         ("02", ["1"]),
         ("02", ["1", "--hmdb-train", "official", "--name", "official"]),
-        ("03", ["1", "--steps", "2", "--model", str(empty.model)]),
+        ("03", ["1", "--steps", "2", "--model", str(empty.model), "--unet", "published"]),
         ("04", ["1"]),
         ("05", ["1", "--epochs", "1", "--repeats", "1", "--protocol", "gvd"]),
         ("05", ["1", "--epochs", "1", "--repeats", "1", "--train-on", "random"]),
