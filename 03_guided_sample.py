@@ -2,6 +2,11 @@
 
 For every class, prototype and draw: noise of its own, DDIM with classifier-free guidance, and in the noisier half of the
 steps a pull of the noise prediction towards the prototype, strongest in the first frame and weaker in each later one.
+The noise depends on class, prototype and draw alone, so the paper's baselines start from the same:
+
+  --sampler gvd     the method, as above
+            naive   prompts alone: reads no prototypes
+            knoise  no pull; the prototype's first frame, 16 times, is noised to --strength and denoised (after D4M)
 
 Reads:   work/<data set>/02_prototypes/ipc<K>/<--prototypes>/<class>.npy  float32 [K, 16, 4, h, w]
          prompts/<data set>.json  one sentence per class; the model: --model
@@ -9,8 +14,14 @@ Writes:  work/<data set>/03_samples/ipc<K>/<--name>/<class>/<prototype>_<draw>.n
          and the same name .mp4: H.264, 16 frames at generator size
 Run:     python 03_guided_sample.py hmdb51 20
          python 03_guided_sample.py demo 5
-Cost:    demo IPC 5: 160 videos, 4 min on two CPU cores. hmdb51 IPC 20, by estimate: 4,080 videos, 8 h on an A100
-Expect:  videos of the class that look like its prototypes; --guidance 0 is the naive baseline, with prompts alone
+         python 03_guided_sample.py demo 5 --sampler naive
+         python 03_guided_sample.py demo 5 --sampler knoise          # after 02 with --cluster dummy-video
+         python 03_guided_sample.py demo 5 --decay none --name no-decay
+         python 03_guided_sample.py demo 5 --guidance-form released-ddim --name released-ddim
+         python 03_guided_sample.py demo 5 --prompt-file none --name no-text     # guided by the prototype alone
+         python 03_guided_sample.py demo 5 --scheduler dpmpp --steps 20 --name dpmpp
+Cost:    demo IPC 5: 160 videos, 5 min on two CPU cores. hmdb51 IPC 20, by estimate: 4,080 videos, 8 h on an A100
+Expect:  videos of the class that look like its prototypes
 Differs: the minus sign, sigma_t = sqrt(1 - abar_t), 50 steps instead of 2000 and "stop at step 1000" read as the noisier
          half (the schedule has 1000 steps; paper_facts.md 2.1, 2.5); the U-Net is the published one
 """
