@@ -128,11 +128,11 @@ def check_steps(config, steps, solver="ddim"):
     or past it (peers.md 0.2), where sampling would begin from noise of the wrong strength.
     """
     total, offset = config["num_train_timesteps"], config.get("steps_offset", 0)
-    leading = config.get("timestep_spacing", "leading") == "leading"
+    spacing = config.get("timestep_spacing", "leading" if solver == "ddim" else "linspace")  # the library's defaults
 
     def usable(n):
         first = total - 1
-        if leading:
+        if spacing == "leading":
             first = (n - 1) * (total // n) + offset if solver == "ddim" else n * (total // (n + 1)) + offset
         return n < total and min(0.95 * total, total - 1.25 * total / n) <= first < total
 

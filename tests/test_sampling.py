@@ -12,6 +12,7 @@ import contract
 
 BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 BETAS |= {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
+LEADING = {"timestep_spacing": "leading"}
 CPU = torch.device("cpu")
 
 
@@ -139,30 +140,48 @@ def test_classifier_free_guidance_acts_on_all_four_channels(scheduler):
     assert torch.allclose(nine - none, 9 * (one - none), rtol=1e-4, atol=1e-4)
 
 
-def test_k_noise_starts_from_the_noised_first_frame(scheduler):
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp"])
+def test_k_noise_starts_from_the_noised_first_frame(scheduler, solver):
     model, steps = UnitGaussian(scheduler), 50
+    used = scheduler if solver == "ddim" else DPMSolverMultistepScheduler.from_config({**BETAS, **LEADING})
     prototypes = torch.randn(1, 4, 16, 2, 2, generator=contract.generator(0, "prototypes"))
     text, empty = torch.ones(1, 2, 3), torch.zeros(1, 2, 3)
     args = settings(sampler="knoise", steps=steps, strength=0.7)
-    load_stage("03").sample(model, scheduler, text, empty, prototypes, [contract.generator(0, "k")], args)
-    assert len(model.timesteps) == 35 and model.timesteps[0] == 20 * 34 + 1
+    for _ in range(2):  # no state is left from one batch to the next
+        load_stage("03").sample(model, used, text, empty, prototypes, [contract.generator(0, "k")], args)
+    start = {"ddim": 20 * 34 + 1, "dpmpp": 19 * 35 + 1}[solver]
+    assert model.timesteps == 2 * model.timesteps[:35] and model.timesteps[0] == start
+    assert torch.equal(model.inputs[0], model.inputs[35]) and torch.equal(model.inputs[34], model.inputs[69])
     noise = torch.randn(prototypes.shape[1:], generator=contract.generator(0, "k"))
-    alpha = scheduler.alphas_cumprod[681]
+    alpha = scheduler.alphas_cumprod[start]
     expected = alpha.sqrt() * prototypes[:, :, :1] + (1 - alpha).sqrt() * noise
-    assert torch.allclose(model.inputs[0][:1], expected, atol=1e-6)
+    assert torch.allclose(model.inputs[0][:1], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("steps", [*range(1, 26), 50])
-def test_step_counts_of_dpmpp_are_the_library_s(steps):
-    solver = DPMSolverMultistepScheduler.from_config(DDIMScheduler(**BETAS).config)
+@pytest.mark.parametrize(
+    ("gigabytes", "sides", "expected"),
+    [(80, (32, 56), 8), (24, (32, 56), 6), (24, (32, 32), 8), (8, (32, 56), 1), (500, (72, 128), 3), (500, (8, 8), 8)],
+)
+def test_videos_per_forward_on_a_gpu(monkeypatch, gigabytes, sides, expected):
+    """By memory; and no attention over time of more than 65,535 sequences, 2 x videos x h x w of them."""
+    properties = argparse.Namespace(total_memory=gigabytes * 1e9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    part = load_stage("03").micro_batch(settings(), torch.device("cuda"), (8, 4, 16, *sides))
+    assert part == expected and (2 * part * sides[0] * sides[1] <= 65535 or part == 1)
+
+
+@pytest.mark.parametrize("spacing", [{}, LEADING])
+@pytest.mark.parametrize("steps", [*range(1, 26), 50, 100])
+def test_step_counts_of_dpmpp_are_the_library_s(steps, spacing):
+    """The rule by arithmetic says the same as the library's timesteps, whether the model's file names a spacing or not."""
+    solver = DPMSolverMultistepScheduler.from_config({**BETAS, **spacing})
     solver.set_timesteps(steps)
-    fits = min(950, 1000 - 1250 / steps) <= solver.timesteps[0] < 1000
-    if fits:
-        load_stage("03").check_steps(solver.config, steps, "dpmpp")
+    if min(950, 1000 - 1250 / steps) <= solver.timesteps[0] < 1000:
+        load_stage("03").check_steps({**BETAS, **spacing}, steps, "dpmpp")
     else:
-        with pytest.raises(contract.ContractError, match=f"--steps {steps}:.*\n.*usable: .*25, 50$"):
-            load_stage("03").check_steps(solver.config, steps, "dpmpp")
-    assert fits or steps not in (10, 15, 20, 25, 50)
+        assert spacing and steps not in (10, 20, 25, 50)
+        with pytest.raises(contract.ContractError, match=f"--steps {steps}:.*\n.*usable: .*25, 50"):
+            load_stage("03").check_steps({**BETAS, **spacing}, steps, "dpmpp")
 
 
 def test_dpmpp_is_guided_towards_the_prototype(scheduler):
