@@ -96,7 +96,7 @@ def parse_args():
     args.cfg = CFG.get(args.dataset, CFG_FULL) if args.cfg is None else args.cfg
     if not 0 <= args.stop <= 1:
         parser.error("--stop: must be between 0 and 1")
-    if not 1 / args.steps <= args.strength <= 1:
+    if args.sampler == "knoise" and not 1 / args.steps <= args.strength <= 1:
         parser.error("--strength: must be at most 1 and leave at least one step")
     if args.scheduler == "dpmpp" and args.guidance_form != "ddim":
         parser.error(f"--guidance-form {args.guidance_form}: only with --scheduler ddim")
