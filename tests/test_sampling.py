@@ -401,3 +401,18 @@ def test_a_batch_that_stays_not_finite_is_an_error_that_names_the_item(place, mo
         code, text = place.run("03", "--draws", "1", "--dtype", dtype, "--name", dtype)
         assert code == 3 and "Walk/1_0: the latents are not finite, in float32 too" in text, text
         assert ("once more in float32" in text) == (dtype == "bfloat16")
+
+
+def test_benchmark_times_the_stage_s_batches(empty):
+    """tools/bench_sampling.py's part that runs the stage: one time for each batch but the first."""
+    import json
+    import subprocess
+    import sys
+
+    words = "--part stage --device cpu --dtype float32 --sizes 32x32 --steps 1 --batches 3 --batch 1".split()
+    script = str(contract.COMMON.with_name("tools") / "bench_sampling.py")
+    run = subprocess.run([sys.executable, script, "--model", str(empty.model), *words], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert len(found["seconds per video"]) == 2 and all(0 < s < 60 for s in found["seconds per video"])
+    assert 0.1 < found["peak memory in GB"] < 10
