@@ -24,26 +24,41 @@ NUM_FRAMES = 16  # frames of every clip, real or generated (section 4.1)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def linear_decay(strength, num_frames=NUM_FRAMES):
-    """Guidance strength per frame, eq. 8: lambda_f = lambda * (1 - f / F), f = 0 .. F-1. Returns float32 [F]."""
-    return strength * (1 - torch.arange(num_frames, dtype=torch.float32) / num_frames)
+def linear_decay(strength, num_frames=NUM_FRAMES, first=0):
+    """Guidance strength per frame, eq. 8: lambda_f = lambda * (1 - f / F), f = first .. F-1+first. Returns float32 [F]."""
+    return strength * (1 - torch.arange(first, first + num_frames, dtype=torch.float32) / num_frames)
 
 
-def guided_ddim_step(scheduler, noise_pred, t, latents, prototypes, strengths):
-    """One DDIM step whose noise prediction is bent towards the prototypes (eq. 6, 9 and 10). Returns z_{t-1}.
+def guided_ddim_step(scheduler, noise_pred, t, latents, prototypes, strengths, form="ddim", step_noise=None):
+    """One step of the sampler, bent towards the prototypes (eq. 6, 9 and 10). Returns z_{t-1}.
 
-    scheduler: a diffusers DDIMScheduler with its timesteps set. noise_pred, latents, prototypes: float32
-    [n, 4, F, h, w], the noise prediction after classifier-free guidance. t: the timestep. strengths: [F] (linear_decay).
+    scheduler: a diffusers scheduler with its timesteps set: DDIM, or with form "ddim" another with alphas_cumprod.
+    noise_pred, latents, prototypes: float32 [n, 4, F, h, w], the noise prediction after classifier-free guidance. t: the
+    timestep. strengths: [F] (linear_decay). form: where the difference c - x0_hat goes,
 
-    eps' = eps - lambda_f * sqrt(1 - abar_t) * (c - x0_hat). The paper's parent prints a plus, which moves the sample
-    away from the prototype; its Algorithm 1 has this sign (paper_facts.md 2.1). With strength 0 the result is the
-    library's own step, bit for bit.
+    ddim           eps' = eps - lambda_f * sqrt(1 - abar_t) * (c - x0_hat). The paper's parent prints a plus, which moves
+                   the sample away from the prototype; its Algorithm 1 has this sign (paper_facts.md 2.1)
+    x0             x0' = x0_hat + lambda_f * (c - x0_hat), eps' from x0'
+    released-ddim  z_{t-1} = DDIM(eps) + lambda_f * sqrt(abar_t) * (c - x0_hat), as the parent's released code has it
+    released-ddpm  z_{t-1} = DDPM mean + lambda_f * sigma_t * (c - x0_hat) + sigma_t * step_noise, likewise (2.2 there);
+                   sigma_t is the posterior's standard deviation, step_noise is standard normal [n, 4, F, h, w]
+
+    With strength 0 the result is the library's own step, bit for bit.
     """
     alpha = scheduler.alphas_cumprod[t].to(latents)
     x0_hat = (latents - (1 - alpha).sqrt() * noise_pred) / alpha.sqrt()
     towards = prototypes - x0_hat  # eq. 6
-    scale = strengths.to(latents).view(1, 1, -1, 1, 1) * (1 - alpha).sqrt()
-    return scheduler.step(noise_pred - scale * towards, t, latents).prev_sample
+    strengths = strengths.to(latents).view(1, 1, -1, 1, 1)
+    if form in ("ddim", "x0"):
+        scale = strengths * ((1 - alpha).sqrt() if form == "ddim" else (alpha / (1 - alpha)).sqrt())
+        return scheduler.step(noise_pred - scale * towards, t, latents).prev_sample
+    if form == "released-ddim":
+        return scheduler.step(noise_pred, t, latents).prev_sample + strengths * alpha.sqrt() * towards
+    before = int(t) - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    previous = (scheduler.alphas_cumprod[before] if before >= 0 else scheduler.final_alpha_cumprod).to(latents)
+    sigma = ((1 - previous) / (1 - alpha) * (1 - alpha / previous)).sqrt()
+    stepped = scheduler.step(noise_pred, t, latents, eta=1.0, variance_noise=step_noise).prev_sample  # DDIM, eta 1: DDPM
+    return stepped + strengths * sigma * towards
 
 
 class MiniC3D(nn.Module):

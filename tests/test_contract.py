@@ -139,7 +139,7 @@ EDITS = [
     ("03", "common.py", '"""Guidance strength per frame', '"""Another sentence. Guidance strength per frame', "03 fresh"),
     ("03", "03_guided_sample.py", "must be between 0 and 1", "lies between 0 and 1", "03 fresh"),
     ("03", "03_guided_sample.py", "latents are not finite", "latents are infinite", "03 fresh"),
-    ("03", "03_guided_sample.py", 'help="folder of stage 02 (direct)"', 'help="another text"', "03 fresh"),
+    ("03", "03_guided_sample.py", 'help="see above (gvd)"', 'help="another text"', "03 fresh"),
     ("03", "03_guided_sample.py", "FPS = 8", "FPS = 10", "03 stale: FPS 8 -> 10"),
     ("03", "03_guided_sample.py", "GUIDANCE = 0.1", "GUIDANCE = 0.3", "03 stale: GUIDANCE 0.1 -> 0.3; guidance 0.1 -> 0.3"),
     ("03", "common.py", "return strength * (1 -", "return 2 * strength * (1 -", "03 stale: linear_decay in common.py changed"),

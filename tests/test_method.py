@@ -82,32 +82,6 @@ def test_step_counts_that_it_can_serve(scheduler, steps):
     assert min(950, 1000 - 1250 / steps) <= scheduler.timesteps[0] < 1000
 
 
-def test_sampling_without_guidance_equals_the_library_s_pipeline(empty):
-    """Latents of stage 03's loop against the stock pipeline: same weights, noise, prompt and steps."""
-    import argparse
-
-    from diffusers import TextToVideoSDPipeline
-
-    stage, device = load_stage("03"), torch.device("cpu")
-    unet = common.load_part(empty.model / "unet", "unet", device, torch.float32)
-    scheduler = DDIMScheduler.from_pretrained(empty.model / "scheduler")
-    scheduler.set_timesteps(5)
-    text = stage.embed(empty.model, {"Walk": "a man walks"}, device)
-    noise = torch.randn(1, 4, 16, 8, 10, generator=contract.generator(0, "pipeline"))
-    settings = argparse.Namespace(guidance=0.0, stop=0.5, cfg=4.0)
-    prototypes = torch.randn(noise.shape, generator=contract.generator(1, "pipeline"))
-    ours = stage.sample(unet, scheduler, text["a man walks"], text[""], prototypes, noise, settings)
-    parts = {part: common.load_part(empty.model / part, part, device, torch.float32) for part in ("vae", "text_encoder")}
-    from transformers import CLIPTokenizer
-
-    tokenizer = CLIPTokenizer.from_pretrained(empty.model / "tokenizer")
-    pipeline = TextToVideoSDPipeline(unet=unet, tokenizer=tokenizer, scheduler=scheduler, **parts)
-    pipeline.set_progress_bar_config(disable=True)
-    options = {"num_inference_steps": 5, "guidance_scale": 4.0, "latents": noise.clone(), "output_type": "latent"}
-    theirs = pipeline("a man walks", height=32, width=40, num_frames=16, **options).frames
-    assert (ours - theirs).abs().max() < 1e-5
-
-
 def test_minic3d_parameters_and_shapes():
     """protocol.md 3.1."""
     net = common.MiniC3D(50).eval()
