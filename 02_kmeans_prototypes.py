@@ -159,7 +159,7 @@ def prototypes_of(latents, num_clusters, seed, label, cluster="direct", distance
     if cluster == "dummy-video":
         means = [mean[:1].repeat(len(mean), 0) for mean in means]
     prototypes = np.stack(means).astype(np.float32)
-    if len(np.unique(prototypes.reshape(num_clusters, -1), axis=0)) < num_clusters:
+    if len({prototype.tobytes() for prototype in prototypes}) < num_clusters:
         raise contract.ContractError(
             f"{label}: two of its prototypes are the same\n  take another --seed or another --cluster"
         )
