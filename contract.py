@@ -601,9 +601,7 @@ def read_folder(folder, args, mend):
 
     mend: the command that makes it; that of the run that did make it, from its log, is preferred.
     """
-    with contextlib.suppress(OSError):
-        runs = re.findall(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (.+)$", (folder / "log.txt").read_text("utf-8"), re.M)
-        mend = f"{python()} {runs[-1].replace(' --redo', '')}" if runs else mend
+    mend = made_by(folder, args, mend)
     if not (folder / "manifest.json").exists():
         raise ContractError(
             f"{folder / 'manifest.json'} is missing\n  expected: a complete folder\n  found:    "
@@ -622,6 +620,29 @@ def read_folder(folder, args, mend):
             )
     hashes.save()
     return manifest
+
+
+def made_by(folder, args, mend, *extra):
+    """The command of the last run that made a folder, from its log, with this run's paths; `mend` where there is none.
+
+    extra: options, each with its value, that replace the command's own.
+    """
+    try:
+        text = (folder / "log.txt").read_text("utf-8")
+    except OSError:
+        return mend
+    runs = re.findall(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (.+)$", text, re.M)
+    if not runs:
+        return mend
+    words = [word for word in shlex.split(runs[-1]) if word != "--redo"]
+    extra = ["--work-dir", str(args.work_dir), "--data-root", str(args.data_root), *map(str, extra)]
+    for option, value in zip(extra[::2], extra[1::2], strict=True):
+        at = [i for i, word in enumerate(words) if word.split("=")[0] == option]
+        for i in reversed(at):
+            del words[i : i + (1 if "=" in words[i] else 2)]
+        if at or [option, value] not in (["--work-dir", "work"], ["--data-root", "data"]):
+            words += [option, value]
+    return f"{python()} {shlex.join(words)}"
 
 
 def need(manifest, names, folder, mend):

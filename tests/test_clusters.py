@@ -218,3 +218,100 @@ def test_every_clustering_has_a_folder_of_its_own(place):
     code, text = place.run("02", "--name", "direct", "--cluster", "herding", "--dry-run")
     assert "cluster direct -> herding" in text, text
     assert place.run("03", "--prototypes", "real-video", "--dry-run")[0] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage 04
+# ---------------------------------------------------------------------------------------------------------------------
+
+COUNTS = {"4x4": [4] * 4, "8x2": [2] * 8, "3-3-3-3-2-2": [3, 3, 3, 3, 2, 2], "2x8": [8] * 2, "1x16": [16]}
+
+
+@pytest.mark.parametrize("pattern", COUNTS)
+@pytest.mark.parametrize("frames", ["random", "continuous"])
+@pytest.mark.parametrize("grouping", ["random", "in-order"])
+def test_every_composition_uses_every_video_once(pattern, frames, grouping):
+    stage = load_stage("04")
+    plan = stage.compose_plan("Walk", 5, 0, pattern, frames, grouping)
+    counts, size = COUNTS[pattern], len(COUNTS[pattern])
+    used = [sample for group in plan for sample, _ in group]
+    every = [f"{k}_{draw}" for k in range(5) for draw in range(size)]
+    assert len(plan) == 5 and sorted(used) == sorted(every)
+    assert (used == every) == (grouping == "in-order")
+    steps = set()
+    for group in plan:
+        assert [len(numbers) for _, numbers in group] == counts
+        assert sum(len(numbers) for _, numbers in group) == 16
+        for _, numbers in group:
+            assert numbers == sorted({*numbers}) and numbers[0] >= 0 and numbers[-1] < 16
+            steps |= {b - a for a, b in zip(numbers, numbers[1:], strict=False)}
+    assert (steps == {1}) == (frames == "continuous" or pattern == "1x16")
+    assert stage.compose_plan("Walk", 5, 1, pattern, frames, grouping) != plan or (pattern == "1x16" and used == every)
+
+
+def test_continuous_frames_begin_everywhere():
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    starts = [load_stage("04").draw_frames(4, "continuous", generator)[0] for _ in range(1000)]
+    assert sorted({*starts}) == list(range(13)) and min(starts.count(start) for start in range(13)) > 40
+
+
+def test_the_default_composition_is_what_it_was():
+    assert load_stage("04").compose_plan("Walk", 2, 0) == [
+        [("1_0", [5, 8, 12, 13]), ("0_0", [0, 3, 5, 6]), ("0_1", [2, 6, 10, 14]), ("1_1", [2, 3, 5, 15])],
+        [("1_3", [2, 7, 10, 14]), ("0_3", [0, 2, 5, 8]), ("1_2", [0, 1, 2, 9]), ("0_2", [3, 4, 11, 14])],
+    ]
+
+
+def test_more_sources_ask_for_more_draws_and_name_the_command(place):
+    """8x2 takes draws 0 to 7, of which 03 has made four; what 03 had is kept, and so is the default composition."""
+    import shlex
+    import subprocess
+    import sys
+
+    before = place.files()
+    code, text = place.run("04", "--pattern", "8x2")
+    assert code == 3 and "Walk/0_4.mp4 is missing" in text and "expected: 32 files" in text, text
+    (line,) = [line for line in text.splitlines() if "to make the rest:" in line]
+    words = shlex.split(line.split("to make the rest:")[1])
+    assert words[1] == "03_guided_sample.py" and words[-4:] == ["--draws", "8", "--classes", ",".join(CLASSES)], words
+    code, text = place.run("04", "--pattern", "8x2", "--classes", "Wave")
+    assert code == 3 and "--draws 8 --classes Wave\n" in text and text.count("--classes") == 1, text
+    run = subprocess.run([sys.executable, *words[1:]], cwd=contract.COMMON.parent, capture_output=True, text=True)
+    assert run.returncode == 0 and "stale" not in run.stdout, run.stdout + run.stderr
+    code, text = place.run("04", "--pattern", "8x2")
+    assert code == 0 and "04_distilled/ipc2/gvd-8x2," in text and "stale" not in text, text
+    code, text = place.run("04")
+    assert code == 0 and "04 fresh" in text, text
+    now = place.files()
+    manifest = "demo/03_samples/ipc2/gvd/manifest.json"
+    assert {name: now[name] for name in before if name != manifest} == {k: v for k, v in before.items() if k != manifest}
+
+
+def test_every_composition_has_a_folder_of_its_own(place):
+    import common
+
+    variants = {
+        "gvd-2x8": ["--pattern", "2x8"],
+        "gvd-1x16": ["--pattern", "1x16"],
+        "gvd-continuous": ["--frames", "continuous"],
+        "gvd-in-order": ["--grouping", "in-order"],
+        "gvd-2x8-continuous-in-order": ["--pattern", "2x8", "--frames", "continuous", "--grouping", "in-order"],
+    }
+    for words in variants.values():
+        code, text = place.run("04", *words)
+        assert code == 0 and "stale" not in text, text
+    root = place.work / "demo/04_distilled/ipc2"
+    assert sorted(path.name for path in root.iterdir()) == sorted(["gvd", *variants])
+    rows = common.read_csv(root / "gvd-2x8-continuous-in-order/metadata.csv")
+    assert [row["sources"] for row in rows] == ["0_0 0_1", "1_0 1_1"] * 2
+    assert all(len(row["frames"].split(" ")) == 2 for row in rows)
+    whole = common.read_video(place.work / "demo/03_samples/ipc2/gvd/Walk/0_0.mp4")
+    rows = common.read_csv(root / "gvd-1x16/metadata.csv")
+    assert rows[0]["frames"] == "-".join(map(str, range(16)))
+    (index,) = [i for i, row in enumerate(rows) if (row["label"], row["sources"]) == ("Walk", "0_0")]
+    composed = common.read_video(root / f"gvd-1x16/Walk/{index}.mp4")
+    assert np.abs(composed.astype(int) - whole).mean() < 4  # the same video, written twice
+    code, text = place.run("04", "--name", "gvd", "--pattern", "2x8", "--dry-run")
+    assert "pattern 4x4 -> 2x8" in text, text
