@@ -9,6 +9,7 @@ Writes:  work/<data set>/03_samples/ipc<K>/<--name>/<class>/<prototype>_<draw>.n
          and the same name .mp4: H.264, 16 frames at generator size
 Run:     python 03_guided_sample.py hmdb51 20
          python 03_guided_sample.py demo 5
+         torchrun --nproc-per-node 8 03_guided_sample.py hmdb51 20    the processes share the batches
 Cost:    demo IPC 5: 160 videos, 4 min on two CPU cores. hmdb51 IPC 20, by estimate: 4,080 videos, 8 h on an A100
 Expect:  videos of the class that look like its prototypes; --guidance 0 is the naive baseline, with prompts alone
 Differs: the minus sign, sigma_t = sqrt(1 - abar_t), 50 steps instead of 2000 and "stop at step 1000" read as the noisier
@@ -18,7 +19,6 @@ Differs: the minus sign, sigma_t = sqrt(1 - abar_t), 50 steps instead of 2000 an
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import common
 import contract
@@ -225,14 +225,19 @@ def main():
     vae = common.load_part(model / "vae", "vae", device, torch.float32)
     todo, factor = set(todo), common.vae_factor(model)
     contract.say(f"03 {args.steps} DDIM steps, classifier-free guidance {args.cfg}, lambda {args.guidance}, stop {args.stop}")
-    bar = tqdm(total=len(wanted) // 2, initial=(len(wanted) - len(todo)) // 2, desc="03 videos", mininterval=1)
-    kinds = {}
-    for draw, label, ks in batches:
+    kinds, videos = {}, [name for name in wanted if name.endswith(".mp4")]
+    for name in videos:
+        shape = manifest["outputs"][f"{name.split('/')[0]}.npy"]["shape"]
+        kinds[name] = ([16, shape[3] * factor, shape[4] * factor, 3], "uint8")
+    bar = contract.bar(total=len(videos), initial=(len(wanted) - len(todo)) // 2, desc="03 videos")
+
+    def files(batch):
+        """What is made in one go."""
+        draw, label, ks = batch
+        return [folder / label / f"{k}_{draw}.{kind}" for k in ks for kind in ("npy", "mp4")]
+
+    for draw, label, ks in contract.shared(batches, files):
         stems = [f"{label}/{k}_{draw}" for k in ks]
-        shape = manifest["outputs"][f"{label}.npy"]["shape"]
-        kinds.update({f"{stem}.mp4": ([16, shape[3] * factor, shape[4] * factor, 3], "uint8") for stem in stems})
-        if not {f"{stem}.{kind}" for stem in stems for kind in ("npy", "mp4")} & todo:
-            continue
         prototypes = contract.load_array(source / f"{label}.npy", (args.ipc, 16, 4, None, None), "float32", mend)
         prototypes = torch.from_numpy(prototypes[list(ks)]).transpose(1, 2)  # [n, 4, 16, h, w], as the U-Net takes them
         noise = [contract.generator(args.seed, "03", label, k, draw) for k in ks]
@@ -245,7 +250,7 @@ def main():
                 contract.save_array(folder / f"{stem}.npy", z.transpose(0, 1).half().cpu().numpy())
             if f"{stem}.mp4" in todo:
                 common.write_mp4(folder / f"{stem}.mp4", decode(vae, z), FPS)
-            bar.update()
+        bar.update(sum((folder / name).is_file() for name in videos) - bar.n)  # also those of the other processes
     bar.close()
     contract.finish(folder, identity, wanted, args, ["diffusers", "transformers", "av"], kinds)
 
