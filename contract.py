@@ -439,7 +439,10 @@ def begin(folder, identity, wanted, args, cost, derived=()):
     """
     if args.dry_run:
         return decide(folder, identity, wanted, args, cost, derived)
-    check_processes(args, identity["parameters"].get("device", "cpu"))
+    if processes() > 1 and int(os.environ.get("LOCAL_WORLD_SIZE", processes())) != processes():
+        raise ContractError("the processes must be on one machine\n  type torchrun --nproc-per-node N")
+    if processes() > 1 and args.redo:
+        raise ContractError("--redo is for one process\n  type it without torchrun, or remove the folder and share the work")
     if lock.handle is None:
         path = Path(args.work_dir, ".cache", "locks")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -461,22 +464,15 @@ def processes():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def check_processes(args, device):
-    """ContractError when the processes that torchrun started cannot share the work; gives each a GPU of its own."""
-    if processes() == 1:
-        return
-    if int(os.environ.get("LOCAL_WORLD_SIZE", processes())) != processes():
-        raise ContractError("the processes must be on one machine\n  type torchrun --nproc-per-node N")
-    if args.redo:
-        raise ContractError("--redo is for one process\n  type it without torchrun, or remove the folder and share the work")
-    if device.startswith("cuda"):
-        local, there = int(os.environ.get("LOCAL_RANK", rank())), torch.cuda.device_count()
-        if device != "cuda" or local >= there:
-            raise ContractError(
-                f"{processes()} processes take a GPU each\n  expected: --device cuda, and as many GPUs\n"
-                f"  found:    --device {device}, and {there}"
-            )
-        torch.cuda.set_device(local)  # what "cuda" means from here on
+def take_gpu(device):
+    """Gives each of the processes that torchrun started a GPU of its own: what "cuda" means from here on."""
+    local, there = int(os.environ.get("LOCAL_RANK", rank())), torch.cuda.device_count()
+    if device != "cuda" or local >= there:
+        raise ContractError(
+            f"{processes()} processes take a GPU each\n  expected: --device cuda, and as many GPUs\n"
+            f"  found:    --device {device}, and {there}"
+        )
+    torch.cuda.set_device(local)
 
 
 def decide(folder, identity, wanted, args, cost, derived):
@@ -517,6 +513,8 @@ def decide(folder, identity, wanted, args, cost, derived):
         return None, identity
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ContractError(f"{folder} was begun on {device}, and there is no such device here\n  type --device cpu")
+    if device.startswith("cuda") and processes() > 1:
+        take_gpu(device)
 
     folder.mkdir(parents=True, exist_ok=True)
     remove_temporaries(folder.rglob(".tmp-*"))
@@ -663,8 +661,12 @@ def remove_temporaries(paths):
 
 def listed(folder, wanted):
     """The outputs that the manifest will list: what is asked for, and what it listed before, as far as it is there."""
-    earlier = read_json(folder / EARLIER) or read_json(folder / "manifest.json") or {"outputs": {}}
-    return [name for name in sorted({*earlier["outputs"], *wanted}) if (folder / name).is_file()]
+    return [name for name in sorted({*known(folder), *wanted}) if (folder / name).is_file()]
+
+
+def known(folder):
+    """The outputs of the last manifest: of before this run, or that another process has just written."""
+    return (read_json(folder / EARLIER) or read_json(folder / "manifest.json") or {"outputs": {}})["outputs"]
 
 
 def finish(folder, identity, wanted, args, packages, kinds=None):
@@ -674,6 +676,7 @@ def finish(folder, identity, wanted, args, packages, kinds=None):
     Of several processes the first one that has found everything complete writes it.
     """
     with alone(folder):
+        remove_temporaries(folder.rglob(".tmp-*"))  # of a process that died meanwhile
         manifest = read_json(folder / "manifest.json")
         if not manifest or not {*wanted} <= {*manifest["outputs"]}:
             manifest = write_manifest(folder, identity, wanted, args, packages, kinds)
@@ -683,8 +686,7 @@ def finish(folder, identity, wanted, args, packages, kinds=None):
 
 def write_manifest(folder, identity, wanted, args, packages, kinds):
     """Returns the manifest that it writes (see `finish`)."""
-    earlier = read_json(folder / EARLIER) or {"outputs": {}}
-    hashes, outputs = Hashes(args.work_dir), {}
+    earlier, hashes, outputs = known(folder), Hashes(args.work_dir), {}
     for name in listed(folder, wanted):
         if name.endswith(".npy"):
             array = np.load(folder / name, mmap_mode="r", allow_pickle=False)
@@ -692,7 +694,7 @@ def write_manifest(folder, identity, wanted, args, packages, kinds):
         elif name in (kinds or {}):
             shape, dtype = kinds[name]
         else:
-            shape, dtype = earlier["outputs"][name]["shape"], earlier["outputs"][name]["dtype"]
+            shape, dtype = earlier[name]["shape"], earlier[name]["dtype"]
         size = (folder / name).stat().st_size
         outputs[name] = dict(shape=list(shape), dtype=dtype, bytes=size, sha256=hashes(folder / name))
     versions = {p: importlib.metadata.version(p) for p in ("torch", "numpy", *packages)}

@@ -119,27 +119,30 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     contract.lock.handle.close()
 
 
-def test_each_process_takes_its_own_gpu(monkeypatch, tmp_path):
-    taken, args = [], type("Args", (), {"redo": False})
+def test_each_process_takes_its_own_gpu(monkeypatch):
+    taken = []
     monkeypatch.setattr(contract.torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(contract.torch.cuda, "set_device", taken.append)
-    contract.check_processes(args, "cuda:1")  # one process: whatever was typed
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("WORLD_SIZE", "3")
     for rank in ("0", "1"):
         monkeypatch.setenv("LOCAL_RANK", rank)
-        contract.check_processes(args, "cuda")
+        contract.take_gpu("cuda")
     assert taken == [0, 1]
     with pytest.raises(contract.ContractError, match="found:    --device cuda:1, and 2"):
-        contract.check_processes(args, "cuda:1")
+        contract.take_gpu("cuda:1")
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(contract.ContractError, match="a GPU each"):
-        contract.check_processes(args, "cuda")
-    args.redo = True
-    with pytest.raises(contract.ContractError, match="--redo is for one process"):
-        contract.check_processes(args, "cpu")
+    with pytest.raises(contract.ContractError, match="3 processes take a GPU each"):
+        contract.take_gpu("cuda")
+
+
+def test_what_several_processes_cannot_share(place, monkeypatch):
+    before = place.files()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, text = place.run("03", "--redo")
+    assert code == 3 and "--redo is for one process" in text, text
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    with pytest.raises(contract.ContractError, match="on one machine"):
-        contract.check_processes(args, "cpu")
+    code, text = place.run("03")
+    assert code == 3 and "on one machine" in text and place.files() == before, text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
