@@ -230,5 +230,6 @@ def test_broken_videos_of_all_processes_count(empty, tmp_path, monkeypatch):
     monkeypatch.setattr(contract, "shared", shared)
     code, text = place.run("01", "--allow-bad", 1)
     assert code == 3 and "2 videos cannot be decoded" in text, text
+    monkeypatch.undo()
     code, text = place.run("01", "--allow-bad", 2)
     assert code == 0, text
