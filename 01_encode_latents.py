@@ -11,6 +11,7 @@ Writes:  work/<data set>/01_latents/<class>.npy         float16 [n, 16, 4, h, w]
          that its split 1 leaves unused and that Dancing with Still Images and GVD train on (02 and 05 choose)
 Run:     python 01_encode_latents.py hmdb51
          python 01_encode_latents.py demo
+         torchrun --nproc-per-node 8 01_encode_latents.py hmdb51      the processes share the classes
 Cost:    demo: 25 s on two CPU cores. hmdb51, by estimate: 0.6 h on an A100, 1.2 GB of latents, 4.1 GB of clips
 Expect:  demo: 864 training and 336 test clips, latents with a standard deviation of 1.0
 Differs: the paper says VQGAN encoder; ModelScope's is a KL autoencoder, of which the mean is taken
@@ -20,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import common
 import contract
@@ -160,8 +160,13 @@ def main():
     latent_shape = (common.NUM_FRAMES, 4, args.size[1] // factor, args.size[0] // factor)
     clip_shape = (1, common.NUM_FRAMES, args.spec["side"], args.spec["side"], 3)
     to_make = {Path(name).stem for name in [*(todo or []), *(clips_todo or [])]} & {*args.classes}
+    asked = [latents_folder / name for name in wanted if todo is not None]
+    asked += [clips_folder / name for name in clips_wanted if clips_todo is not None]
+    files = {c: [path for path in asked if path.stem == c] for c in to_make}
+    tried = set()
     bad = [item for c in args.classes if c not in to_make for item in left_out(clips[c], clips_folder, c)]
-    for label in tqdm(sorted(to_make), desc="01 classes", mininterval=1):
+    for label in contract.bar(contract.shared(sorted(to_make), files.get), desc="01 classes", total=len(to_make)):
+        tried.add(label)
         latents, network, rows, broken = encode_class(clips[label], label, args, vae, device)
         bad += broken
         if broken and len(bad) > args.allow_bad:
@@ -173,6 +178,7 @@ def main():
             for split in ("train", "test"):
                 contract.save_array(clips_folder / split / f"{label}.npy", stacked(network[split], clip_shape, np.uint8))
             common.write_csv(clips_folder / "index" / f"{label}.csv", INDEX, rows)
+    bad += [item for c in sorted(to_make - tried) for item in left_out(clips[c], clips_folder, c)]  # another process's
     for path, error in bad:
         contract.say(f"01 broken video: {path}: {error}")
     if len(bad) > args.allow_bad:

@@ -20,6 +20,7 @@ Run:     python 03_guided_sample.py hmdb51 20
          python 03_guided_sample.py demo 5 --guidance-form released-ddim --name released-ddim
          python 03_guided_sample.py demo 5 --prompt-file none --name no-text     # guided by the prototype alone
          python 03_guided_sample.py demo 5 --scheduler dpmpp --steps 20 --name dpmpp
+         torchrun --nproc-per-node 8 03_guided_sample.py hmdb51 20    the processes share the batches
 Cost:    demo IPC 5: 160 videos, 5 min on two CPU cores. hmdb51 IPC 20, by estimate: 4,080 videos, 8 h on an A100
 Expect:  videos of the class that look like its prototypes
 Differs: the minus sign, sigma_t = sqrt(1 - abar_t), 50 steps instead of 2000 and "stop at step 1000" read as the noisier
@@ -32,7 +33,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import common
 import contract
@@ -365,15 +365,22 @@ def main():
     todo, factor = set(todo), common.vae_factor(model)
     told = [f"{name} {getattr(args, name)}" for name in ("sampler", "scheduler", "steps", "cfg", *OPTIONS[args.sampler])]
     contract.say("03 " + ", ".join(told).replace("_", " "))
-    bar = tqdm(total=len(wanted) // 2, initial=(len(wanted) - len(todo)) // 2, desc="03 videos", mininterval=1)
-    kinds, none = {}, {"shape": [args.ipc, 16, 4, args.size[1] // factor, args.size[0] // factor]}
-    for draw, label, ks in batches:
+    shapes = {c: [args.ipc, 16, 4, args.size[1] // factor, args.size[0] // factor] for c in args.classes}  # of naive
+    shapes |= {c: entry["shape"] for c, entry in entries.items()}
+    kinds, videos = {}, [name for name in wanted if name.endswith(".mp4")]
+    for name in videos:
+        height, width = shapes[name.split("/")[0]][3:]
+        kinds[name] = ([16, height * factor, width * factor, 3], "uint8")
+    bar = contract.bar(total=len(videos), initial=(len(wanted) - len(todo)) // 2, desc="03 videos")
+
+    def files(batch):
+        """What is made in one go."""
+        draw, label, ks = batch
+        return [folder / label / f"{k}_{draw}.{kind}" for k in ks for kind in ("npy", "mp4")]
+
+    for draw, label, ks in contract.shared(batches, files):
         stems = [f"{label}/{k}_{draw}" for k in ks]
-        shape = entries.get(label, none)["shape"]
-        kinds.update({f"{stem}.mp4": ([16, shape[3] * factor, shape[4] * factor, 3], "uint8") for stem in stems})
-        if not {f"{stem}.{kind}" for stem in stems for kind in ("npy", "mp4")} & todo:
-            continue
-        prototypes = np.zeros(shape, np.float32)  # naive: nothing of them but the shape is used
+        prototypes = np.zeros(shapes[label], np.float32)  # naive: nothing of them but the shape is used
         if entries:
             prototypes = contract.load_array(source / f"{label}.npy", (args.ipc, 16, 4, None, None), "float32", mend)
         prototypes = torch.from_numpy(prototypes[list(ks)]).transpose(1, 2)  # [n, 4, 16, h, w], as the U-Net takes them
@@ -390,7 +397,7 @@ def main():
                 contract.save_array(folder / f"{stem}.npy", z.transpose(0, 1).half().cpu().numpy())
             if f"{stem}.mp4" in todo:
                 common.write_mp4(folder / f"{stem}.mp4", decode(vae, z), FPS)
-            bar.update()
+        bar.update(sum((folder / name).is_file() for name in videos) - bar.n)  # also those of the other processes
     bar.close()
     contract.finish(folder, identity, wanted, args, ["diffusers", "transformers", "av"], kinds)
 

@@ -2,6 +2,12 @@
 
 Of every class, draws 0 to 3 of all prototypes are dealt at random into groups of four. Each video gives four random
 frames in temporal order; the group's frames, joined video after video, are one distilled video of 16 frames.
+Appendix D.3's other ways:
+
+  --pattern   4x4 (the default), 8x2, 3-3-3-3-2-2, 2x8, 1x16: n videos of a group x frames of each, or frames of each.
+              Draws 0 to n - 1 of every prototype are used; 8x2 and 3-3-3-3-2-2 need more of them: 03 --draws 8 (or 6)
+  --frames    random (the default) | continuous: consecutive ones, from a random start
+  --grouping  random (the default) | in-order: a group is the draws of one prototype
 
 Reads:   work/<data set>/03_samples/ipc<K>/<--samples>/<class>/<prototype>_<draw>.mp4
 Writes:  work/<data set>/04_distilled/ipc<K>/<--name>/<class>/<i>.mp4, i = 0 .. K-1, 16 frames at generator size
@@ -20,8 +26,8 @@ from tqdm import tqdm
 import common
 import contract
 
-SOURCES = 4  # EDIT HERE: videos of a group (section 3.4: 4)
-FRAMES = 4  # and frames of each; SOURCES * FRAMES = 16
+PATTERNS = {"4x4": (4,) * 4, "8x2": (2,) * 8, "3-3-3-3-2-2": (3, 3, 3, 3, 2, 2), "2x8": (8,) * 2, "1x16": (16,)}
+PATTERN = "4x4"  # EDIT HERE: section 3.4
 FPS = 8
 SECONDS_PER_VIDEO = {"demo": 0.05}
 SECONDS_PER_VIDEO_FULL = 0.6
@@ -30,26 +36,41 @@ SECONDS_PER_VIDEO_FULL = 0.6
 def parse_args():
     parser = contract.arguments(__doc__, common.DATASETS)
     parser.add_argument("--samples", default="gvd", help="folder of stage 03 (gvd)")
-    parser.add_argument("--name", help="name of the folder (the samples' name)")
+    parser.add_argument("--pattern", choices=PATTERNS, default=PATTERN, help=f"videos x frames, see above ({PATTERN})")
+    parser.add_argument("--frames", choices=("random", "continuous"), default="random", help="frames of a video (random)")
+    parser.add_argument("--grouping", choices=("random", "in-order"), default="random", help="of a class's videos (random)")
+    parser.add_argument("--name", help="name of the folder (the samples', and what is not the default: gvd-8x2-continuous)")
     args = contract.parse(parser)
-    args.name = args.name or args.samples
+    other = [value for value in (args.pattern, args.frames, args.grouping) if value not in (PATTERN, "random")]
+    args.name = args.name or "-".join([args.samples, *other])
     return args
 
 
-def compose_plan(label, num_prototypes, seed):
-    """The composition of a class: for each distilled video, SOURCES pairs (sample "<prototype>_<draw>", frame numbers).
+def compose_plan(label, num_prototypes, seed, pattern=PATTERN, frames="random", grouping="random"):
+    """The composition of a class: for each distilled video, pairs (sample "<prototype>_<draw>", its frame numbers).
 
-    Random groups that do not overlap; of each sample, FRAMES random frames in temporal order (appendix D.3).
+    Groups that do not overlap, of as many samples as the pattern has counts; each gives that many frames, in temporal
+    order (appendix D.3).
     """
-    samples = [f"{k}_{draw}" for k in range(num_prototypes) for draw in range(SOURCES)]
-    order = torch.randperm(len(samples), generator=contract.generator(seed, "04", label)).tolist()
+    counts = PATTERNS[pattern]
+    samples = [f"{k}_{draw}" for k in range(num_prototypes) for draw in range(len(counts))]
+    order = range(len(samples))
+    if grouping == "random":
+        order = torch.randperm(len(samples), generator=contract.generator(seed, "04", label)).tolist()
     plan = []
     for i in range(num_prototypes):
         generator = contract.generator(seed, "04", label, i)
-        group = [samples[j] for j in order[i * SOURCES : (i + 1) * SOURCES]]
-        draws = [torch.randperm(common.NUM_FRAMES, generator=generator)[:FRAMES] for _ in group]
-        plan.append([(sample, sorted(frames.tolist())) for sample, frames in zip(group, draws, strict=True)])
+        group = [samples[j] for j in order[i * len(counts) : (i + 1) * len(counts)]]
+        plan.append([(sample, draw_frames(n, frames, generator)) for sample, n in zip(group, counts, strict=True)])
     return plan
+
+
+def draw_frames(count, frames, generator):
+    """The numbers of `count` frames of a video, rising: random ones, or consecutive ones from a random start."""
+    if frames == "random":
+        return sorted(torch.randperm(common.NUM_FRAMES, generator=generator)[:count].tolist())
+    start = int(torch.randint(common.NUM_FRAMES - count + 1, (), generator=generator))
+    return list(range(start, start + count))
 
 
 def compose(videos, plan):
@@ -80,15 +101,19 @@ def main():
     source = contract.work_folder(args, "03_samples", f"ipc{args.ipc}", args.samples)
     if args.dry_run and (args.after or not (source / "manifest.json").exists()):
         return contract.plan_after(args, "04", cost)
-    mend = contract.command("03_guided_sample.py", args, "--name", args.samples)
+    draws = ["--draws", len(PATTERNS[args.pattern])]
+    mend = contract.command("03_guided_sample.py", args, "--name", args.samples, *draws)
     manifest = contract.read_folder(source, args, mend)
-    plans = {c: compose_plan(c, number, args.seed) for c in args.classes}
+    method = {name: getattr(args, name) for name in ("pattern", "frames", "grouping")}
+    plans = {c: compose_plan(c, number, args.seed, **method) for c in args.classes}
     needed = {c: sorted(f"{c}/{sample}.mp4" for group in plans[c] for sample, _ in group) for c in args.classes}
-    contract.need(manifest, [name for names in needed.values() for name in names], source, mend)
+    classes = ["--classes", ",".join(args.classes)] if args.classes != sorted(args.spec["classes"]) else []
+    more = contract.made_by(source, args, mend, *draws, *classes)
+    contract.need(manifest, [name for names in needed.values() for name in names], source, more)
 
     folder = contract.work_folder(args, "04_distilled", f"ipc{args.ipc}", args.name)
     inputs = {c: contract.content(manifest, needed[c]) for c in args.classes}
-    identity = contract.identity(__file__, args, {"ipc": args.ipc, "limit": args.limit}, {}, inputs)
+    identity = contract.identity(__file__, args, {"ipc": args.ipc, "limit": args.limit, **method}, {}, inputs)
     wanted = [f"{c}/{i}.mp4" for c in args.classes for i in range(number)] + ["metadata.csv"]
     todo, identity = contract.begin(folder, identity, wanted, args, cost, ["metadata.csv"])
     if todo is None:
@@ -104,7 +129,7 @@ def main():
     rows = []
     videos = [name for name in contract.listed(folder, wanted) if name.endswith(".mp4")]
     for label in sorted({name.split("/")[0] for name in videos}):
-        for i, plan in enumerate(compose_plan(label, number, args.seed)):
+        for i, plan in enumerate(compose_plan(label, number, args.seed, **method)):
             frames = " ".join("-".join(map(str, frames)) for _, frames in plan)
             rows.append([f"{label}/{i}.mp4", label, " ".join(sample for sample, _ in plan), frames])
     common.write_csv(folder / "metadata.csv", ("file_name", "label", "sources", "frames"), rows)

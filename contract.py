@@ -3,12 +3,17 @@
 Nothing here computes anything of the paper. A stage calls `identity` and `begin`, makes the files that are missing, and
 calls `finish`; it opens its input folders with `read_folder`. So a folder that is complete and unchanged is never made
 twice, one made by other code, options or inputs is kept aside, and a killed run goes on where it stopped.
+
+Several processes (torchrun) share the files of a folder through `shared`. They agree by locks on the bytes of one file
+in WORK_DIR/.cache: a lock ends with its process, so nobody waits for one that died, and nothing times out.
 """
 
 import argparse
 import ast
 import contextlib
 import copy
+import errno
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -22,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 
 class ContractError(Exception):
@@ -36,6 +42,7 @@ COMMON = Path(__file__).resolve().with_name("common.py")
 SCHEMA = 1  # of manifest.json
 EARLIER = ".manifest.json"  # the manifest of a folder that is being extended or mended
 CONTRACT_VERSION = 1  # raise it when a change of this file changes the bytes of an artifact
+POLL = 0.2  # seconds between two looks at what another process makes
 AUTOMATIC = ("device", "threads", "dtype")  # options that take the recorded value when they were not typed
 
 
@@ -126,8 +133,9 @@ def python():
 
 
 def say(*words):
-    """Prints a line at once, on the screen and, once a folder is open, in its log.txt."""
-    print(*words, flush=True)
+    """Prints a line at once, on the screen (of several processes the first) and, once a folder is open, in its log.txt."""
+    if rank() == 0:
+        print(*words, flush=True)
     if open_log.path:
         with open(open_log.path, "a", encoding="utf-8") as log:
             print(*words, file=log)
@@ -148,6 +156,67 @@ def open_log(folder, identity):
 
 
 open_log.path = None
+
+
+def rank():
+    """The number of this process among those that torchrun started, 0 without it."""
+    return int(os.environ.get("RANK", 0))
+
+
+def bar(*args, **options):
+    """A tqdm bar; of several processes, only the first has one."""
+    return tqdm(*args, mininterval=1, **options, **({"disable": True} if rank() else {}))
+
+
+def lock(what, path, kind=fcntl.LOCK_EX, wait=True):
+    """Takes a lock that ends with this process, or gives it back (LOCK_UN); False when another process has it."""
+    byte = int(digest([what, os.path.realpath(path)])[:15], 16)
+    try:
+        fcntl.lockf(lock.handle, kind if wait else kind | fcntl.LOCK_NB, 1, byte)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:
+        if processes() > 1 or error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+            raise ContractError(f"{lock.handle.name} cannot be locked: {error}\n  take another --work-dir") from None
+    return True  # also on a file system without locks: one process has nobody to agree with
+
+
+lock.handle = None
+
+
+@contextlib.contextmanager
+def alone(folder):
+    """A block that one process at a time runs for a folder."""
+    lock("folder", folder)
+    try:
+        yield
+    finally:
+        lock("folder", folder, fcntl.LOCK_UN)
+
+
+def shared(items, files):
+    """Yields the items of which a file is missing, each to one process at a time; whoever is free takes the next.
+
+    files: function of an item that returns its paths. An item that another process is making is waited for; when that
+    process ends without it, it is made here. So at the end every item is there, or was tried here.
+    """
+    while items:
+        others = []
+        for item in items:
+            paths = files(item)
+            if all(path.is_file() for path in paths):
+                continue
+            if not lock("item", paths[0], wait=False):
+                others.append(item)
+                continue
+            try:
+                if not all(path.is_file() for path in paths):
+                    yield item
+            finally:
+                lock("item", paths[0], fcntl.LOCK_UN)
+        items = others
+        if items:
+            time.sleep(POLL)
 
 
 @contextlib.contextmanager
@@ -370,7 +439,49 @@ def begin(folder, identity, wanted, args, cost, derived=()):
     machine), shown by --dry-run. derived: outputs that are written anew at every extension. Another identity's folder is
     renamed to <name>.old-<8 hex>, or taken back from there.
     Raises ContractError when a file has changed since its manifest was written (--redo mends).
+
+    Of several processes the first one here does this. A later one joins it, and neither renames nor removes anything.
     """
+    if args.dry_run:
+        return decide(folder, identity, wanted, args, cost, derived)
+    if processes() > 1 and int(os.environ.get("LOCAL_WORLD_SIZE", processes())) != processes():
+        raise ContractError("the processes must be on one machine\n  type torchrun --nproc-per-node N")
+    if processes() > 1 and args.redo:
+        raise ContractError("--redo is for one process\n  type it without torchrun, or remove the folder and share the work")
+    if lock.handle is None:
+        path = Path(args.work_dir, ".cache", "locks")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.handle = open(path, "a+b")
+    with alone(folder):
+        joins = not lock("at work", folder, wait=False)
+        lock("at work", folder, fcntl.LOCK_SH)
+        if joins:
+            old = recorded_identity(folder)
+            reasons = differences(old, identity) if old else [("value", "the folder is not begun yet")]
+            if args.redo or reasons:
+                what = "; ".join(text for _, text in reasons) or "--redo"
+                raise ContractError(f"another process is at work in {folder}, and this one differs: {what}\n  wait for it")
+        return decide(folder, identity, wanted, args, cost, derived)
+
+
+def processes():
+    """How many processes torchrun started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def take_gpu(device):
+    """Gives each of the processes that torchrun started a GPU of its own: what "cuda" means from here on."""
+    local, there = int(os.environ.get("LOCAL_RANK", rank())), torch.cuda.device_count()
+    if device != "cuda" or local >= there:
+        raise ContractError(
+            f"{processes()} processes take a GPU each\n  expected: --device cuda, and as many GPUs\n"
+            f"  found:    --device {device}, and {there}"
+        )
+    torch.cuda.set_device(local)
+
+
+def decide(folder, identity, wanted, args, cost, derived):
+    """What `begin` does, for one process at a time."""
     number = identity["stage"].split("_")[0]
     place, old, notes = settle(folder, identity, wanted, args)
     if old:  # the folder grows by classes; what was automatic stays what it was
@@ -407,6 +518,8 @@ def begin(folder, identity, wanted, args, cost, derived=()):
         return None, identity
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ContractError(f"{folder} was begun on {device}, and there is no such device here\n  type --device cpu")
+    if device.startswith("cuda") and processes() > 1:
+        take_gpu(device)
 
     folder.mkdir(parents=True, exist_ok=True)
     remove_temporaries(folder.rglob(".tmp-*"))
@@ -553,17 +666,33 @@ def remove_temporaries(paths):
 
 def listed(folder, wanted):
     """The outputs that the manifest will list: what is asked for, and what it listed before, as far as it is there."""
-    earlier = read_json(folder / EARLIER) or {"outputs": {}}
-    return [name for name in sorted({*earlier["outputs"], *wanted}) if (folder / name).is_file()]
+    return [name for name in sorted({*known(folder), *wanted}) if (folder / name).is_file()]
+
+
+def known(folder):
+    """The outputs of the last manifest: of before this run, or that another process has just written."""
+    return (read_json(folder / EARLIER) or read_json(folder / "manifest.json") or {"outputs": {}})["outputs"]
 
 
 def finish(folder, identity, wanted, args, packages, kinds=None):
     """Writes the manifest, the last file: every output with shape, dtype, bytes and sha256. Then timing.json.
 
     kinds: {path: (shape, dtype)} of the outputs that are no .npy. packages: libraries whose versions are recorded.
+    Of several processes the first one that has found everything complete writes it.
     """
-    earlier = read_json(folder / EARLIER) or {"outputs": {}}
-    hashes, outputs = Hashes(args.work_dir), {}
+    with alone(folder):
+        remove_temporaries(folder.rglob(".tmp-*"))  # of a process that died meanwhile
+        manifest = read_json(folder / "manifest.json")
+        if not manifest or not {*wanted} <= {*manifest["outputs"]}:
+            manifest = write_manifest(folder, identity, wanted, args, packages, kinds)
+    total, seconds = sum(entry["bytes"] for entry in manifest["outputs"].values()), time.monotonic() - begin.started
+    number = identity["stage"].split("_")[0]
+    say(f"{number} done: {len(manifest['outputs'])} files, {total / 1e6:.1f} MB in {folder}, {seconds:.0f} s")
+
+
+def write_manifest(folder, identity, wanted, args, packages, kinds):
+    """Returns the manifest that it writes (see `finish`)."""
+    earlier, hashes, outputs = known(folder), Hashes(args.work_dir), {}
     for name in listed(folder, wanted):
         if name.endswith(".npy"):
             array = np.load(folder / name, mmap_mode="r", allow_pickle=False)
@@ -571,7 +700,7 @@ def finish(folder, identity, wanted, args, packages, kinds=None):
         elif name in (kinds or {}):
             shape, dtype = kinds[name]
         else:
-            shape, dtype = earlier["outputs"][name]["shape"], earlier["outputs"][name]["dtype"]
+            shape, dtype = earlier[name]["shape"], earlier[name]["dtype"]
         size = (folder / name).stat().st_size
         outputs[name] = dict(shape=list(shape), dtype=dtype, bytes=size, sha256=hashes(folder / name))
     versions = {p: importlib.metadata.version(p) for p in ("torch", "numpy", *packages)}
@@ -579,17 +708,16 @@ def finish(folder, identity, wanted, args, packages, kinds=None):
     device = identity["parameters"].get("device", "cpu")
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
     manifest = dict(schema=SCHEMA, identity=identity, versions=versions, device=name, outputs=outputs)
+    manifest["sha256"] = digest(manifest)
     seconds = time.monotonic() - begin.started
     try:
         runs = list(read_json(folder / "timing.json")["runs"])
     except (ContractError, TypeError, KeyError):  # not there yet, or edited
         runs = []
     write_json(folder / "timing.json", {"runs": [*runs, {"seconds": round(seconds, 2)}]})
-    write_json(folder / "manifest.json", {**manifest, "sha256": digest(manifest)})
+    write_json(folder / "manifest.json", manifest)
     (folder / EARLIER).unlink(missing_ok=True)
     hashes.save()
-    total = sum(entry["bytes"] for entry in outputs.values())
-    say(f"{identity['stage'].split('_')[0]} done: {len(outputs)} files, {total / 1e6:.1f} MB in {folder}, {seconds:.0f} s")
 
 
 def folder_hash(folder, args):
@@ -606,9 +734,7 @@ def read_folder(folder, args, mend):
 
     mend: the command that makes it; that of the run that did make it, from its log, is preferred.
     """
-    with contextlib.suppress(OSError):
-        runs = re.findall(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (.+)$", (folder / "log.txt").read_text("utf-8"), re.M)
-        mend = f"{python()} {runs[-1].replace(' --redo', '')}" if runs else mend
+    mend = made_by(folder, args, mend)
     if not (folder / "manifest.json").exists():
         raise ContractError(
             f"{folder / 'manifest.json'} is missing\n  expected: a complete folder\n  found:    "
@@ -627,6 +753,29 @@ def read_folder(folder, args, mend):
             )
     hashes.save()
     return manifest
+
+
+def made_by(folder, args, mend, *extra):
+    """The command of the last run that made a folder, from its log, with this run's paths; `mend` where there is none.
+
+    extra: options, each with its value, that replace the command's own.
+    """
+    try:
+        text = (folder / "log.txt").read_text("utf-8")
+    except OSError:
+        return mend
+    runs = re.findall(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (.+)$", text, re.M)
+    if not runs:
+        return mend
+    words = [word for word in shlex.split(runs[-1]) if word != "--redo"]
+    extra = ["--work-dir", str(args.work_dir), "--data-root", str(args.data_root), *map(str, extra)]
+    for option, value in zip(extra[::2], extra[1::2], strict=True):
+        at = [i for i, word in enumerate(words) if word.split("=")[0] == option]
+        for i in reversed(at):
+            del words[i : i + (1 if "=" in words[i] else 2)]
+        if at or [option, value] not in (["--work-dir", "work"], ["--data-root", "data"]):
+            words += [option, value]
+    return f"{python()} {shlex.join(words)}"
 
 
 def need(manifest, names, folder, mend):
@@ -660,3 +809,7 @@ def run(main):
         sys.exit(3)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        if lock.handle:
+            lock.handle.close()  # gives back every lock
+            lock.handle = None

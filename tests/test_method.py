@@ -108,7 +108,7 @@ def test_kmeans_prototypes_are_means_of_members():
 
 def test_kmeans_refuses_copies():
     latents = torch.ones(4, 16, 4, 2, 2).half().numpy()
-    with pytest.raises(contract.ContractError, match="Walk: only 1 of 2 clusters"), pytest.warns(match="distinct"):
+    with pytest.raises(contract.ContractError, match="Walk: only 1 of 2 clusters"):
         load_stage("02").prototypes_of(latents, 2, 0, "Walk")
 
 
