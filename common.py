@@ -321,9 +321,9 @@ def videomae_folder(args):
 
 
 def videomae_hash(folder, args):
-    """Content hash of what `load_videomae` reads; a downloaded folder may hold other files."""
+    """Content hash of what `load_videomae` reads; the folder may hold other files."""
     hashes = Hashes(args.work_dir)
-    files = sorted(p for p in Path(folder).iterdir() if p.suffix in (".json", ".safetensors", ".bin"))
+    files = sorted(p for p in Path(folder).iterdir() if p.name.endswith(("config.json", ".safetensors", ".bin")))
     value = digest({path.name: hashes(path) for path in files})
     hashes.save()
     return value

@@ -37,12 +37,14 @@ SEED = 0
 # 4 x 4 patches of 12 px and 8 pairs of frames: 128 tokens, 1.1 M parameters.
 SHAPE = dict(
     image_size=48, patch_size=12, tubelet_size=2, num_frames=common.NUM_FRAMES, hidden_size=128, num_hidden_layers=5,
-    num_attention_heads=4, intermediate_size=512,
+    num_attention_heads=4, intermediate_size=512, initializer_range=0.08,  # about 1 / sqrt(128), as 0.02 is of 768
 )  # fmt: skip
 STEPS, BATCH, RATE, WARM_UP, WEIGHT_DECAY = 2400, 32, 1e-3, 100, 0.05  # AdamW, cosine rate
 LEAST_LENGTH = 0.8  # share of a clip that its 16 frames are spread over, at least
 SHIFT = 4  # pixels, at most, in both directions
 GAIN, LIFT = 0.4, 0.2  # contrast 1 +- GAIN and brightness +- LIFT of each colour
+WHITENING_BATCHES = 8  # whose patches the first layer starts from
+LEAST_VARIANCE = 0.01  # of a principal component, in squared units of the scaled pixels: less is noise
 CHECKPOINT_EVERY = 100  # steps
 
 
@@ -94,13 +96,44 @@ def change_colours(x, generator):
     return (x - 0.5) * (1 + GAIN * gain) + 0.5 + LIFT * lift
 
 
+def scaled(x, generator):
+    """pixel_values of a batch of clips uint8 [n, 16, S, S, 3], in changed colours."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (common.IMAGENET_MEAN, common.IMAGENET_STD))
+    return (change_colours(x.permute(0, 1, 4, 2, 3).float() / 255, generator) - mean) / std
+
+
+@torch.no_grad()
+def whiten(projection, clips):
+    """Sets the patch projection to the leading principal components of training patches, each at about unit variance.
+
+    In a raw patch the colour of the ground is all, and movement almost nothing: from random weights a network of this
+    size takes most of its time to find it.
+    """
+    size = projection.kernel_size
+    patches = []
+    for i in range(WHITENING_BATCHES):
+        generator = step_generator(f"patches/{i}")
+        x = scaled(draw_batch(clips, generator)[0], generator).transpose(1, 2)  # [n, 3, 16, S, S]
+        for axis, side in zip((2, 3, 4), size, strict=True):
+            x = x.unfold(axis, side, side)
+        patches.append(x.permute(0, 2, 3, 4, 1, 5, 6, 7).flatten(4).flatten(0, 3))
+    patches = torch.cat(patches).double()
+    mean = patches.mean(0)
+    variances, components = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
+    count = projection.out_channels
+    weight = (components[:, -count:] / (variances[-count:] + LEAST_VARIANCE).sqrt()).T
+    projection.weight.copy_(weight.unflatten(1, (3, *size)))
+    projection.bias.copy_(-weight @ mean)
+
+
 def train(clips, classes, path, device, steps):
     """Trains from random weights with cross-entropy. Returns the network."""
     settings = dict(steps=steps, batch=BATCH, rate=RATE, weight_decay=WEIGHT_DECAY, clips=len(clips), **SHAPE)
     settings |= dict(length=LEAST_LENGTH, shift=SHIFT, gain=GAIN, lift=LIFT)
     torch.manual_seed(SEED)
     names = {"id2label": dict(enumerate(classes)), "label2id": {c: i for i, c in enumerate(classes)}}
-    network = VideoMAEForVideoClassification(VideoMAEConfig(**SHAPE, **names)).to(device)
+    network = VideoMAEForVideoClassification(VideoMAEConfig(**SHAPE, **names))
+    network.to(device)
     if device.type == "cpu":  # faster in training than the fused attention's backward pass at this size
         network.set_attn_implementation("eager")
     decayed = [p for p in network.parameters() if p.ndim > 1]
@@ -108,7 +141,9 @@ def train(clips, classes, path, device, steps):
     groups = [dict(params=decayed, weight_decay=WEIGHT_DECAY), dict(params=plain, weight_decay=0.0)]
     optimiser = torch.optim.AdamW(groups, lr=RATE)
     start = 0
-    if path.exists():
+    if not path.exists():
+        whiten(network.videomae.embeddings.patch_embeddings.projection, clips)
+    else:
         saved = torch.load(path, weights_only=True)
         if saved["settings"] != settings:  # its weights would not be what they say
             sys.exit(f"{path}: expected a checkpoint of {settings}, found one of {saved['settings']}; remove it to start anew")
@@ -116,7 +151,6 @@ def train(clips, classes, path, device, steps):
         network.load_state_dict(saved["network"])
         optimiser.load_state_dict(saved["optimiser"])
     network.train()
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (common.IMAGENET_MEAN, common.IMAGENET_STD))
     bar, average = tqdm(range(start, steps), desc="videomae", initial=start, total=steps, mininterval=5), None
     for step in bar:
         rate = RATE * min((step + 1) / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * step / steps))
@@ -124,10 +158,9 @@ def train(clips, classes, path, device, steps):
             group["lr"] = rate
         generator = step_generator(step)
         x, chosen = draw_batch(clips, generator)
-        x = change_colours(x.permute(0, 1, 4, 2, 3).float() / 255, generator)
         labels = torch.tensor([classes.index(clips[i][0]) for i in chosen], device=device)
         with torch.autocast(device.type, torch.bfloat16):
-            logits = network(((x - mean) / std).to(device)).logits
+            logits = network(scaled(x, generator).to(device)).logits
         loss = F.cross_entropy(logits.float(), labels)
         optimiser.zero_grad()
         loss.backward()

@@ -1,6 +1,7 @@
 """VideoMAE, the soft-label loss and tools/metrics.py against exact references; demo/train_teacher.py killed."""
 
 import contextlib
+import importlib.util
 import io
 import json
 import math
@@ -18,9 +19,19 @@ from safetensors.torch import load_file, save_file
 import common
 import contract
 
+
+def load(path):
+    """The module of a script, under a name of its own: demo/ and tools/ both have a train_teacher.py."""
+    name = path.replace("/", "_").removesuffix(".py")
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, REPO / path)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
 if (REPO / "tools").is_dir():
-    sys.path.insert(0, str(REPO / "tools"))
-    import metrics
+    metrics, fitting = load("tools/metrics.py"), load("tools/train_teacher.py")
 needs_tools = pytest.mark.skipif(not (REPO / "tools").is_dir(), reason="tools/ is not here")
 needs_demo = pytest.mark.skipif(not (REPO / "demo").is_dir(), reason="the demo world is not here")
 
@@ -343,20 +354,24 @@ def test_condensation():
     assert round(100 * headline["of all frames"], 2) == 1.98  # section 1: MiniUCF at IPC 20
 
 
-def run_metrics(place, *extra):
-    """Runs tools/metrics.py in this process: (exit code, what it printed)."""
+def run_tool(main, *words):
+    """Runs a tool in this process: (exit code, what it printed)."""
     out, before = io.StringIO(), sys.argv
-    sys.argv = ["tools/metrics.py", "demo", "2", "--work-dir", place.work, "--classes", ",".join(CLASSES), *extra]
-    sys.argv = list(map(str, sys.argv))
+    sys.argv = list(map(str, words))
     code = 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-            contract.run(metrics.main)
+            contract.run(main)
     except SystemExit as stop:
         code = stop.code
     finally:
-        sys.argv = before
+        sys.argv, contract.open_log.path = before, None
     return code, out.getvalue()
+
+
+def run_metrics(place, *extra):
+    shared = ("--work-dir", place.work, "--classes", ",".join(CLASSES))
+    return run_tool(metrics.main, "tools/metrics.py", "demo", 2, *shared, *extra)
 
 
 @needs_tools
@@ -405,6 +420,65 @@ def test_metrics_refuses_what_it_cannot_measure(place, videomae):
     video.write_bytes(video.read_bytes()[:-1] + b"x")
     code, text = run_metrics(place, "--teacher", videomae, "--device", "cpu")
     assert code == 3 and "Walk/0.mp4 is damaged" in text and not (place.work / "demo/metrics_ipc2.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A VideoMAE for a data set without one
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@needs_tools
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_classifier_is_the_regression_s_minimum(num_classes):
+    from sklearn.linear_model import LogisticRegression
+
+    generator = contract.generator(num_classes, "regression")
+    labels = torch.arange(60) % num_classes
+    x = torch.randn(60, 5, generator=generator) + 0.7 * torch.nn.functional.one_hot(labels, 5)
+    x = 100 + x * torch.tensor([1.0, 1e-3, 10.0, 1.0, 0.0])  # of any scale and place, one feature constant
+    weight, bias = fitting.fit_classifier(x, labels, num_classes)
+    z = (x.double() - x.double().mean(0)) / x.double().std(0).clamp(min=1e-6)
+    # Two classes in the library are one logit: half of it each, so twice the penalty of the two rows.
+    strength = 1 / (60 * fitting.PENALTY) * (2 if num_classes == 2 else 1)
+    reference = LogisticRegression(C=strength, tol=1e-10, max_iter=10000).fit(z.numpy(), labels.numpy())
+    ours = (x.double() @ weight.T + bias).softmax(1).numpy()
+    assert np.allclose(ours, reference.predict_proba(z.numpy()), atol=1e-4)
+
+
+@needs_tools
+def test_fitted_videomae(place, videomae, tmp_path, monkeypatch):
+    words = ["tools/train_teacher.py", "demo", "--work-dir", place.work, "--data-root", place.data, "--device", "cpu"]
+    words += ["--classes", ",".join(CLASSES), "--backbone", videomae]
+    code, text = run_tool(fitting.main, *words)
+    assert code == 0 and "% of 10 training clips right" in text and "% of 4 test clips right" in text, text
+    folder = place.work / "demo/05_networks/videomae"
+    before, after = load_file(videomae / "model.safetensors"), load_file(folder / "model.safetensors")
+    backbone, _ = common.load_videomae(videomae, CPU)
+    network, scale = common.load_videomae(folder, CPU)
+    assert network.config.id2label == {0: "Walk", 1: "Wave"} and after["classifier.weight"].shape == (2, 16)
+    same = [torch.equal(a, b) for a, b in zip(backbone.videomae.parameters(), network.videomae.parameters(), strict=True)]
+    assert all(same) and len(before) == len(after)
+    code, text = run_tool(fitting.main, *words)
+    assert code == 0 and "fresh" in text
+
+    whole = [*words, "--whole", "--epochs", 3]
+    assert run_tool(fitting.main, *whole, "--name", "whole")[0] == 0
+    draw = contract.generator
+
+    def failing(seed, *names):
+        if names == ("teacher", 2):
+            raise KeyboardInterrupt
+        return draw(seed, *names)
+
+    monkeypatch.setattr(contract, "generator", failing)
+    assert run_tool(fitting.main, *whole, "--name", "stopped")[0] == 130
+    stopped = place.work / "demo/05_networks/stopped"
+    assert (stopped / ".checkpoint.pt").exists() and not (stopped / "model.safetensors").exists()
+    monkeypatch.setattr(contract, "generator", draw)
+    assert run_tool(fitting.main, *whole, "--name", "stopped")[0] == 0 and not (stopped / ".checkpoint.pt").exists()
+    weights = (stopped / "model.safetensors").read_bytes()
+    assert weights == (stopped.with_name("whole") / "model.safetensors").read_bytes()
+    assert weights != (folder / "model.safetensors").read_bytes()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -457,9 +531,7 @@ def test_killed_training_of_the_teacher_ends_with_the_same_weights(empty, tmp_pa
 
 @needs_demo
 def test_frames_and_colours_drawn_in_training():
-    sys.path.insert(0, str(REPO / "demo"))
-    import train_teacher as tt
-
+    tt = load("demo/train_teacher.py")
     for count in (3, 16, 40, 120):
         for i in range(50):
             frames = tt.draw_frames(count, contract.generator(i, "frames"))
