@@ -525,8 +525,14 @@ def test_killed_training_of_the_teacher_ends_with_the_same_weights(empty, tmp_pa
         assert (tmp_path / "whole/videomae" / file).read_bytes() == (tmp_path / "killed/videomae" / file).read_bytes(), file
     config = json.loads((tmp_path / "whole/videomae/config.json").read_text())
     assert config["id2label"] == {"0": "Walk", "1": "Wave"} and config["dtype"] == "float16"
-    other = train_teacher(empty, tmp_path / "killed", steps=6)
-    assert other.returncode == 1 and "expected a checkpoint of {'steps': 6" in other.stderr
+
+
+@needs_demo
+def test_checkpoint_of_other_settings_is_refused(tmp_path):
+    tt = load("demo/train_teacher.py")
+    torch.save({"settings": {"steps": 5}}, tmp_path / "videomae.pt")
+    with pytest.raises(SystemExit, match="videomae.pt: expected a checkpoint of {'steps': 6.* found one of {'steps': 5}"):
+        tt.train([], ["Walk", "Wave"], tmp_path / "videomae.pt", CPU, 6)
 
 
 @needs_demo

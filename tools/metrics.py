@@ -163,7 +163,8 @@ def find_sets(args):
         names = sorted(name for name in found if ".old-" not in name)
     sets = []
     for name in names:
-        here = [(name, step, place / name) for step, place in places.items() if (place / name).is_dir()]
+        own = Path(name).name == name  # a plain name, no path
+        here = [(name, step, place / name) for step, place in places.items() if own and (place / name).is_dir()]
         if not here and Path(name).is_dir():
             here = [(Path(name).name, "folder", Path(name))]
         if not here:
