@@ -306,15 +306,17 @@ def test_coverage_of_hand_made_sets():
     real = unit(0, 1, 3, 6, 10, 15, 21, 28, 36, 45, 90)  # nearest others 1 1 2 3 4 5 6 7 8 9 45 degrees
     assert torch.allclose(metrics.nearest(real), torch.tensor([chord(d) for d in (1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 45)]).double())
     # The 90th percentile of eleven values is the tenth: 9 degrees.
-    assert metrics.coverage(real, real) == 1  # identical sets
-    assert metrics.coverage(real, unit(180)) == 0  # disjoint sets
-    assert metrics.coverage(real, unit(21)) == pytest.approx(3 / 11)  # one point: 15, 21 and 28 degrees
-    assert metrics.coverage(real, unit(21, 21, 21)) == pytest.approx(3 / 11)  # again and again the same
-    assert metrics.coverage(real, unit(21, 88)) == pytest.approx(4 / 11)
-    # With the other threshold it is 10 of 11 whatever the set, as nothing is at exactly equal distances.
+    limit = metrics.percentile(metrics.nearest(real))
+    assert limit == pytest.approx(chord(9))
+    assert metrics.coverage(real, real, limit) == 1  # identical sets
+    assert metrics.coverage(real, unit(180), limit) == 0  # disjoint sets
+    assert metrics.coverage(real, unit(21), limit) == pytest.approx(3 / 11)  # one point: 15, 21 and 28 degrees
+    assert metrics.coverage(real, unit(21, 21, 21), limit) == pytest.approx(3 / 11)  # again and again the same
+    assert metrics.coverage(real, unit(21, 88), limit) == pytest.approx(4 / 11)
+    # With the other threshold it is 10 of 11 whatever the set, as long as no two are at equal distances.
     for distilled in (unit(21), unit(180), unit(3, 50)):
-        assert metrics.coverage(real, distilled, "distilled") == pytest.approx(10 / 11)
-    assert metrics.coverage(real, real, "distilled") == 1
+        assert metrics.coverage(real, distilled) == pytest.approx(10 / 11)
+    assert metrics.coverage(real, real) == 1
 
 
 @needs_tools
@@ -328,11 +330,11 @@ def test_mean_pairwise_distance_of_hand_made_sets():
 @needs_tools
 def test_measure_per_class_and_global():
     """Features of any length count by their direction; the outputs by the data set's columns."""
-    real = {"A": 3 * unit(0, 10, 20).float(), "B": unit(90, 100, 110)}
+    real = {"A": unit(0, 10, 20), "B": unit(90, 100, 110)}
+    limits = {"A": chord(10.1), "B": chord(0), "": chord(10.1)}
     logits = torch.log(torch.tensor([[0.8, 0.1, 0.1], [0.2, 0.2, 0.6]]))
-    found = metrics.measure(
-        real, {"A": (7 * unit(0, 10), logits), "B": (0.1 * unit(0, 10), logits)}, columns=[0, 2], threshold="real"
-    )
+    distilled = {"A": (7 * unit(0, 10), logits), "B": (0.1 * unit(0, 10).float(), logits)}
+    found = metrics.measure(real, limits, distilled, columns=[0, 2])
     assert found["coverage_per_class"] == 0.5  # A's three clips are within 10 degrees, none of B's
     assert found["coverage_all"] == 0.5
     assert found["mpd_per_class"] == pytest.approx(chord(10), abs=1e-6)
@@ -340,7 +342,7 @@ def test_measure_per_class_and_global():
     p = (8 / 9 + 0.25) / 2
     assert found["entropy_bits_classes"] == pytest.approx(-p * math.log2(p) - (1 - p) * math.log2(1 - p), abs=1e-6)
     assert found["entropy_nats_outputs"] == pytest.approx(-sum(q * math.log(q) for q in (0.5, 0.15, 0.35)), abs=1e-6)
-    one = metrics.measure(real, {c: (unit(0), logits[:1]) for c in real}, [0, 2], "real")
+    one = metrics.measure(real, limits, {c: (unit(0), logits[:1]) for c in real}, [0, 2])
     assert one["mpd_per_class"] is None and one["mpd_all"] == 0  # IPC 1
 
 
@@ -394,10 +396,13 @@ def test_metrics_of_the_chain(place, videomae, tmp_path):
     network, scale = common.load_videomae(videomae, CPU)
     real, found = {}, {}
     for label in CLASSES:
-        real[label] = common.run_videomae(network, scale, np.load(place.work / f"demo/01_clips/train/{label}.npy")[:, 0])[0]
+        clips_of_class = np.load(place.work / f"demo/01_clips/train/{label}.npy")[:, 0]
+        real[label] = metrics.unit_length(common.run_videomae(network, scale, clips_of_class)[0])
         videos = [common.read_video(place.work / f"demo/04_distilled/ipc2/gvd/{label}/{i}.mp4") for i in range(2)]
         found[label] = common.run_videomae(network, scale, np.stack([common.network_clip(v, "demo") for v in videos]))
-    assert metrics.measure(real, found, [2, 0], "real") == pytest.approx(rows["gvd"]["mean"], abs=2e-6)
+    limits = {label: metrics.percentile(metrics.nearest(points)) for label, points in real.items()}
+    limits[""] = metrics.percentile(metrics.nearest(torch.cat([*real.values()])))
+    assert metrics.measure(real, limits, found, [2, 0]) == pytest.approx(rows["gvd"]["mean"], abs=2e-6)
 
     assert run_metrics(place, "--teacher", videomae, "--device", "cpu")[0] == 0
     assert path.read_bytes() == first  # the same command, the same bytes
@@ -407,9 +412,10 @@ def test_metrics_of_the_chain(place, videomae, tmp_path):
     for label in CLASSES:
         (bare / label).mkdir(parents=True)
         shutil.copy(place.work / f"demo/04_distilled/ipc2/gvd/{label}/1.mp4", bare / label / "a.mp4")
-    assert run_metrics(place, "--teacher", videomae, "--sets", bare, "--device", "cpu")[0] == 0
+    assert run_metrics(place, "--teacher", videomae, "--sets", bare, "--device", "cpu", "--threshold", "distilled")[0] == 0
     row = json.loads(path.read_bytes())["sets"][0]
     assert (row["set"], row["step"], row["videos"]) == ("bare", "folder", 2) and "mpd_per_class" not in row["mean"]
+    assert row["mean"]["coverage_per_class"] == 0.8  # four of five clips of a class, whatever the set
 
 
 @needs_tools

@@ -83,15 +83,18 @@ def nearest(points, others=None):
     return torch.cat(found)
 
 
-def coverage(real, distilled, threshold="real"):
-    """Share of the points `real` [n, d], n >= 2, that a point of `distilled` [m, d] covers (eq. 12 and 13).
+def percentile(distances):
+    """The 90th percentile of distances [n], linear between order statistics."""
+    return torch.quantile(distances, PERCENTILE).item()
 
-    Covered: not farther from its nearest distilled point than the 90th percentile (linear between order statistics) of
-    the distances of real points to the nearest other real point (threshold "real") or distilled point ("distilled").
+
+def coverage(real, distilled, limit=None):
+    """Share of the points `real` [n, d] that are not farther than `limit` from one of `distilled` [m, d] (eq. 12 and 13).
+
+    limit: percentile(nearest(real)); None takes the percentile of the distances to the distilled points themselves.
     """
-    to_distilled = nearest(real, distilled)
-    reference = nearest(real) if threshold == "real" else to_distilled
-    return (to_distilled <= torch.quantile(reference, PERCENTILE)).double().mean().item()
+    found = nearest(real, distilled)
+    return (found <= (percentile(found) if limit is None else limit)).double().mean().item()
 
 
 def mean_pairwise_distance(points):
@@ -102,21 +105,20 @@ def mean_pairwise_distance(points):
     return (sum(sums) / (len(points) * (len(points) - 1))).item()
 
 
-def measure(real, distilled, columns, threshold):
+def measure(real, limits, distilled, columns):
     """The metrics {name: value or None} of a set.
 
-    real: {class: features [n, d]}. distilled: {class: (features [m, d], logits [m, outputs])}. columns: the outputs of the
-    data set's classes.
+    real: {class: unit-length features [n, d]}. limits: {class: limit of coverage, "": of all classes together}.
+    distilled: {class: (features [m, d], logits [m, outputs])}. columns: the outputs of the data set's classes.
     """
     logits = torch.cat([logits for _, logits in distilled.values()]).double()
-    real = {c: unit_length(features) for c, features in real.items()}
     points = {c: unit_length(features) for c, (features, _) in distilled.items()}
     pairs = [mean_pairwise_distance(p) for p in points.values()]
     found = {
         "entropy_bits_classes": entropy(logits[:, columns].softmax(1), 2),
         "entropy_nats_outputs": entropy(logits.softmax(1), np.e),
-        "coverage_per_class": statistics.fmean(coverage(real[c], points[c], threshold) for c in points),
-        "coverage_all": coverage(torch.cat([*real.values()]), torch.cat([*points.values()]), threshold),
+        "coverage_per_class": statistics.fmean(coverage(real[c], points[c], limits[c]) for c in points),
+        "coverage_all": coverage(torch.cat([*real.values()]), torch.cat([*points.values()]), limits[""]),
         "mpd_per_class": None if None in pairs else statistics.fmean(pairs),
         "mpd_all": mean_pairwise_distance(torch.cat([*points.values()])),
     }
@@ -290,16 +292,18 @@ def main():
         return common.run_videomae(network, scale, array)
 
     real = {c: run(arrays[c][places, 0]) for c, (_, places) in tqdm(clips.items(), desc="real clips", mininterval=1)}
-    features = {c: found for c, (found, _) in real.items()}
+    points = {c: unit_length(features) for c, (features, _) in real.items()}
+    limits = {c: None if args.threshold == "distilled" else percentile(nearest(p)) for c, p in points.items()}
+    limits[""] = None if args.threshold == "distilled" else percentile(nearest(torch.cat([*points.values()])))
     selected = [{c: select_random(names, args.ipc, args.seed, r, c) for c, (names, _) in clips.items()} for r in SELECTIONS]
     table_rows = []
     for name, step, place in sets:
         videos, inputs[f"{step} {name}"], size = read_set(step, place, args)
-        values = [measure(features, {c: run(array) for c, array in videos.items()}, columns, args.threshold)]
+        values = [measure(points, limits, {c: run(array) for c, array in videos.items()}, columns)]
         shown = f"{name}, before composition" if step == "samples" else name
         table_rows.append(row_of(shown, step, sum(map(len, videos.values())), size, values))
     chosen = [{c: tuple(part[places] for part in real[c]) for c, places in one.items()} for one in selected]
-    values = [measure(features, one, columns, args.threshold) for one in chosen]
+    values = [measure(points, limits, one, columns) for one in chosen]
     count = args.ipc * len(args.classes)
     clip_bytes = common.NUM_FRAMES * args.spec["side"] ** 2 * 3  # uint8 at network size, as in stage 05's table
     table_rows.append(row_of("random real clips", "random", count, count * clip_bytes, values))
