@@ -316,7 +316,7 @@ def videomae_folder(args):
         raise Missing(
             f"the model {name} is not on this machine and cannot be downloaded: {type(error).__name__}\n"
             f"  expected: network access, or {VIDEOMAE_FILES}\n"
-            f"  where there is a network: hf download {name} --local-dir FOLDER ; then --teacher FOLDER"
+            f"  where there is a network: hf download {name} --local-dir FOLDER ; then FOLDER instead of the name"
         ) from None
 
 

@@ -154,7 +154,7 @@ def test_damaged_and_incomplete_folders_are_refused(copied):
     [
         ("hmdb51", None, "hmdb51/05_networks/videomae is missing(.|\n)*tools/train_teacher.py hmdb51"),
         ("demo", "no/such/folder", "no/such/folder is missing"),
-        ("demo", "some/model", "hf download some/model --local-dir FOLDER ; then --teacher FOLDER"),
+        ("demo", "some/model", "hf download some/model --local-dir FOLDER ; then FOLDER instead"),
     ],
 )
 def test_missing_videomae_says_what_to_get(tmp_path, monkeypatch, dataset, teacher, message):

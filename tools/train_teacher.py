@@ -9,7 +9,7 @@ Writes:  work/<data set>/05_networks/<--name>/{config.json,preprocessor_config.j
          layout, float32, which 05_train_eval.py and tools/metrics.py take for the data set
 Run:     python tools/train_teacher.py hmdb51
          python tools/train_teacher.py hmdb51 --whole --name videomae-whole      then --teacher FOLDER
-Cost:    hmdb51, by estimate, on an A100: 10 min; --whole 20 min more, 20 GB of its memory
+Cost:    hmdb51, by estimate, on an A100: 5 min; --whole 20 min more, 20 GB of its memory
 Expect:  it prints the accuracy on training and test clips
 Differs: the paper does not say how its teacher was trained. HMDB51: all non-test clips, as in stage 05
 """
