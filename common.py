@@ -9,12 +9,13 @@ import csv
 import io
 import re
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
 from torch import nn
 
-from contract import ContractError, Missing, atomic, read_json
+from contract import ContractError, Hashes, Missing, atomic, digest, python, read_json, work_folder
 
 NUM_FRAMES = 16  # frames of every clip, real or generated (section 4.1)
 
@@ -84,6 +85,17 @@ class MiniC3D(nn.Module):
         pooled = nn.functional.avg_pool3d(features, (2, min(2, height), min(2, width)), stride=1)
         logits = self.head(self.dropout(pooled)).flatten(3).mean(3)  # one position is left in space: [n, classes, 3]
         return logits.amax(2)
+
+
+def soft_label_loss(logits, labels, teacher_logits, alpha, tau):
+    """(1 - alpha) * CE(y, p_S) + alpha * tau^2 * KL(p_T^tau || p_S^tau), eq. 11; the mean over the batch.
+
+    logits, teacher_logits: [n, classes]. labels: int64 [n]. alpha: weight of the teacher, 0 to 1 (its place and value are
+    [INF]); tau: temperature, > 0 (3 in section 4.4.2); tau^2 keeps the gradient's size whatever the temperature [INF].
+    """
+    student, teacher = ((x / tau).log_softmax(1) for x in (logits, teacher_logits))
+    divergence = nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    return (1 - alpha) * nn.functional.cross_entropy(logits, labels) + alpha * tau**2 * divergence
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -326,6 +338,152 @@ def load_part(folder, part, device, dtype):
     if missing := [key for key in missing if "position_ids" not in key]:
         raise ContractError(f"{folder} lacks {len(missing)} weights of {kind.__name__}, the first is {missing[0]}")
     return network.to(device).eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# VideoMAE: teacher of soft labels (section 3.5) and features of the metrics (appendix A)
+# ---------------------------------------------------------------------------------------------------------------------
+
+UCF101_VIDEOMAE = "nateraw/videomae-base-finetuned-ucf101"  # 101 outputs, weights CC-BY-NC 4.0
+DEMO_VIDEOMAE = DEMO_MODEL.with_name("videomae")
+VIDEOMAE_FILES = "a folder with config.json, preprocessor_config.json and model.safetensors"
+VIDEOMAE_BATCH = 16  # clips
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in 0 to 1
+
+
+def videomae_folder(args):
+    """The folder of args.teacher, a folder or hub name (downloaded once); without it, of the data set's own VideoMAE.
+
+    Raises Missing, with what to get, when it is not there.
+    """
+    name = args.teacher
+    if name is None and args.dataset in ("miniucf", "ucf101"):
+        name = UCF101_VIDEOMAE
+    if name is None:
+        own = args.dataset == "demo"
+        name = DEMO_VIDEOMAE if own else work_folder(args, "05_networks", "videomae")
+        script = "demo/train_teacher.py" if own else f"tools/train_teacher.py {args.dataset} --work-dir {args.work_dir}"
+        if not name.is_dir():
+            raise Missing(f"{name} is missing\n  expected: {VIDEOMAE_FILES}\n  to make it: {python()} {script}")
+    if Path(name).is_dir():
+        return Path(name)
+    if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+        raise Missing(f"{name} is missing\n  expected: {VIDEOMAE_FILES}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*config.json", "model*.safetensors*", "pytorch_model*.bin*"]))
+    except Exception as error:
+        raise Missing(
+            f"the model {name} is not on this machine and cannot be downloaded: {type(error).__name__}\n"
+            f"  expected: network access, or {VIDEOMAE_FILES}\n"
+            f"  where there is a network: hf download {name} --local-dir FOLDER ; then FOLDER instead of the name"
+        ) from None
+
+
+def videomae_hash(folder, args):
+    """Content hash of what `load_videomae` reads; the folder may hold other files."""
+    hashes = Hashes(args.work_dir)
+    files = sorted(p for p in Path(folder).iterdir() if p.name.endswith(("config.json", ".safetensors", ".bin")))
+    value = digest({path.name: hashes(path) for path in files})
+    hashes.save()
+    return value
+
+
+def load_videomae(folder, device):
+    """The VideoMAE classifier of a folder, float32, in evaluation mode. Returns (network, scale).
+
+    network: transformers' VideoMAEForVideoClassification. scale: (S, mean, std) for `videomae_input`: the side of its
+    frames from config.json, the rest from preprocessor_config.json (the library's defaults are not those of the weights).
+    Raises ContractError when a file is missing or damaged, and when a weight is missing, unexpected or of another shape:
+    transformers 5.5 to 5.17 drop the biases of queries and values.
+    """
+    import transformers
+    from safetensors import SafetensorError
+
+    kind, wanted = transformers.VideoMAEForVideoClassification, f"  expected: {VIDEOMAE_FILES}"
+    processor = read_json(Path(folder, "preprocessor_config.json"))
+    if not isinstance(processor, dict):
+        raise ContractError(f"{Path(folder, 'preprocessor_config.json')} is missing or no JSON object\n{wanted}")
+    try:
+        network, report = kind.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they come into the report, which is refused below, by their names
+        )
+    except (OSError, ValueError, RuntimeError, UnpicklingError, SafetensorError) as error:
+        raise ContractError(f"{folder} cannot be loaded as {kind.__name__}\n{wanted}\n  found:    {error}") from None
+    if faults := [f"{what.removesuffix('_keys')} {key}" for what, keys in report.items() for key in sorted(map(str, keys))]:
+        raise ContractError(
+            f"{folder} does not fit {kind.__name__} of transformers {transformers.__version__}\n  expected: every weight of "
+            f"such a network and no other\n  found:    {len(faults)} that do not fit, the first: {faults[0]}\n  take a model "
+            "that was fine-tuned for classification, and the library of requirements.txt"
+        )
+    config, (mean, std) = network.config, (processor.get(key) for key in ("image_mean", "image_std"))
+    scaled = processor.get("do_normalize", True) and abs(processor.get("rescale_factor", 1 / 255) * 255 - 1) < 1e-4
+    square = isinstance(config.image_size, int) and (config.num_frames, config.num_channels) == (NUM_FRAMES, 3)
+    if not (scaled and square and mean and std):
+        raise ContractError(
+            f"{folder}: refused the input that it states\n  expected: {NUM_FRAMES} square RGB frames, times 1/255, then "
+            f"image_mean and image_std\n  found:    {config.num_frames} frames of {config.image_size} px; {processor}"
+        )
+    return network.to(device).eval().requires_grad_(False), (config.image_size, tuple(mean), tuple(std))
+
+
+def videomae_input(clips, scale):
+    """Network-size clips uint8 [n, 16, S, S, 3] -> a VideoMAE's pixel_values, float32 [n, 16, 3, S', S'].
+
+    scale: (S', mean, std) of `load_videomae`. Bilinear resize of the whole frame, real and distilled clips alike.
+    """
+    side, mean, std = scale
+    x = clips.permute(0, 1, 4, 2, 3).float() / 255
+    if x.shape[-1] != side:
+        x = nn.functional.interpolate(x.flatten(0, 1), (side, side), mode="bilinear", antialias=True).unflatten(0, x.shape[:2])
+    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (mean, std))
+    return (x - mean) / std
+
+
+@torch.inference_mode()
+def run_videomae(network, scale, clips):
+    """(features [n, d], logits [n, outputs]), float32 on the CPU, of network-size clips: uint8 array [n, 16, S, S, 3].
+
+    Features are what the classifier sees: the layer-normalised mean over the tokens.
+    """
+    from tqdm import tqdm
+
+    features, logits = [], []
+    hook = network.classifier.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].float().cpu()))
+    try:
+        for start in tqdm(range(0, len(clips), VIDEOMAE_BATCH), desc="VideoMAE", mininterval=1, leave=False):
+            part = torch.from_numpy(np.ascontiguousarray(clips[start : start + VIDEOMAE_BATCH])).to(network.device)
+            logits.append(network(videomae_input(part, scale)).logits.float().cpu())
+    finally:
+        hook.remove()
+    return torch.cat(features), torch.cat(logits)
+
+
+def output_columns(network, classes, folder):
+    """The outputs of a VideoMAE that are `classes`, matched by name: a list of columns in the classes' order.
+
+    Only letters and digits count, in any case: UCF101 itself writes HandstandPushups and HandStandPushups.
+    Raises ContractError, with the model's `folder`, when a class has no output of its own.
+    """
+
+    def plain(text):
+        return re.sub(r"[^a-z0-9]", "", text.lower())
+
+    outputs = {}
+    for column, label in network.config.id2label.items():
+        outputs.setdefault(plain(label), []).append(int(column))
+    if unknown := [c for c in classes if len(outputs.get(plain(c), ())) != 1]:
+        have = ", ".join(list(network.config.id2label.values())[:5])
+        raise ContractError(
+            f"{folder}: no output, or more than one, for {len(unknown)} of {len(classes)} classes, such as {unknown[0]}\n"
+            f"  expected: a VideoMAE fine-tuned on the data set\n  found:    {network.config.num_labels} outputs: {have} ..."
+        )
+    return [outputs[plain(c)][0] for c in classes]
 
 
 def frame_size(text):
