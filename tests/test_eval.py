@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, Place, load_stage
+from conftest import CLASSES, SCRIPTS, Place, load_stage
 
 import common
 import contract
@@ -396,7 +396,7 @@ def test_dancing_on_real_hmdb51_clips(real_data, empty, tmp_path):
 
     def run(number, *words):
         place = Place(root, empty.model, tmp_path / "work")
-        place.words = lambda *_: [f"{number}", "hmdb51", *map(str, [*words, *shared])]
+        place.words = lambda *_: [str(SCRIPTS[number]), "hmdb51", *map(str, [*words, *shared])]
         return place.run(number)
 
     code, text = run("01", "--partial", "--windows", "--model", empty.model, "--size", "16x8")
