@@ -71,7 +71,7 @@ def find_clips(args):
         raise contract.Missing(
             f"{missing[0]} is missing\n  expected: {len(listed):,} clips of {args.dataset}\n"
             f"  found:    {len(listed) - len(missing):,}\n"
-            f"  to work with those: {contract.command('01_encode_latents.py', args, '--partial')}\n"
+            f"  to work with those: {contract.again('--partial')}\n"
             f"{common.missing_data(args.dataset, args.data_root, missing[0])}"
         )
     if missing:
