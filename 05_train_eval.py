@@ -365,7 +365,7 @@ def build(net, num_classes, side):
 def to_input(clips, standardise="none"):
     """uint8 [n, 16, S, S, 3] -> float32 [n, 3, 16, S, S], ImageNet mean and std, then standardised if asked for."""
     mean, std = (torch.tensor(v, device=clips.device) for v in (MEAN, STD))
-    x = (clips.float() / 255 - mean) / std
+    x = clips.float().div_(255).sub_(mean).div_(std)
     if standardise == "batch":  # the released code's second normalisation: one mean and deviation for the batch tensor
         x = (x - x.mean()) / x.std()
     elif standardise == "clip":
@@ -412,8 +412,8 @@ def train(clips, labels, num_classes, protocol, seed, repeat, dtype, checkpoint,
         net.train()
         losses = []
         for batch in order.split(protocol["batch"]):
-            x = to_input(clips[batch], protocol["standardise"])
-            x = torch.where(flips[batch, None, None, None, None], x.flip(-1), x)
+            x = clips[batch]
+            x = to_input(torch.where(flips[batch, None, None, None, None], x.flip(3), x), protocol["standardise"])
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 logits = net(x.contiguous(memory_format=torch.channels_last_3d))
             loss = nn.functional.cross_entropy(logits.float(), labels[batch])
