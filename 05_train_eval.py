@@ -1,25 +1,33 @@
 """Stage 05: a data set -> the accuracy of a network trained on it (section 4.1), and the closing table.
 
-MiniC3D is trained from scratch with hard labels on a distilled folder, on as many random real clips, or on all, and
-tested on the full test set at its last epoch. Every repeat has its own network seed, and for `random` its own clips.
+A network is trained from scratch with hard labels on a distilled folder, on as many real clips (random, or a coreset
+by herding or k-center), or on all, and tested on the full test set at its last epoch. Every repeat has its own network
+seed, and for `random` its own clips; a coreset is one and the same in every repeat. Coresets need features of the real
+clips: those of the network that `--train-on full --save` leaves, or with --features random of an untrained one.
 
 Reads:   work/<data set>/04_distilled/ipc<K>/<set>/<class>/*.mp4 (--train-on SET or any folder of <class>/*.mp4)
-         or work/<data set>/01_clips/train/<class>.npy (--train-on random or full); 01_clips/test/<class>.npy
+         or work/<data set>/01_clips/train/<class>.npy (--train-on random, herding, kcenter or full);
+         01_clips/test/<class>.npy; the same below 01_clips/windows/ (protocol dancing, see 01 --windows)
 Writes:  work/<data set>/05_results/<ipcK or full>/<set>/<net>__<labels>__<protocol>/repeat_<r>.json and result.json
-         work/<data set>/05_networks/<net>__<protocol>/network.safetensors  repeat 0 of `full`, with --save
+         work/<data set>/05_networks/minic3d__<protocol>/, repeat 0 of `full`, with --save: network.safetensors,
+         features/<class>.npy float32 [n, 512] (48 px; 2,048 at 112) of every training clip, features/<class>.csv names
          work/<data set>/table_ipc<K>.md  the closing table, with --table
 Run:     python 05_train_eval.py hmdb51 20
          python 05_train_eval.py demo 5 --train-on random
          python 05_train_eval.py demo --train-on full --save
+         python 05_train_eval.py demo 5 --train-on herding --net cnn-gru     after the line above
          python 05_train_eval.py demo 5 --train-on work/demo/03_samples/ipc5/gvd --score   how well that network knows it
          python 05_train_eval.py demo 5 --table
 Cost:    demo IPC 5: 50 s per repeat on two CPU cores. hmdb51 IPC 20, by estimate: 15 min per repeat on an A100
 Expect:  demo IPC 5: see README. Chance is 1 / classes
-Differs: 500 epochs and not 501, a deterministic test pass, the last epoch and never the best (protocol.md 4)
+Differs: a test pass is deterministic, in `dancing` too, where the released code draws anew each time; the last epoch
+         counts, never the best; `gvd` trains 500 epochs where the released code's loop runs 501 (protocol.md 4)
 """
 
+import argparse
 import copy
 import json
+import math
 import os
 import statistics
 from pathlib import Path
@@ -35,16 +43,24 @@ from tqdm import tqdm
 import common
 import contract
 
-# EDIT HERE: the protocols. gvd: section 4.1. demo: small enough for a laptop. drop: the rate falls to a tenth at this
-# share of the epochs; min_steps: small sets are trained for more epochs, until there are so many steps.
+# EDIT HERE: the protocols. gvd: section 4.1. dancing: the released code of Dancing with Still Images, which section 4.1
+# follows (protocol.md 2 and 4). demo: small enough for a laptop.
+UNIFORM = {"sampling": "uniform", "standardise": "none", "restart": False}
 PROTOCOLS = {
-    "gvd": {"batch": 128, "epochs": 500, "min_steps": 0, "rate": 0.01, "drop": 0.5, "flip": 0.5},
-    "demo": {"batch": 8, "epochs": 60, "min_steps": 300, "rate": 0.01, "drop": 0.5, "flip": 0.5},
-}
+    "gvd": {"batch": 128, "epochs": 500, "min_steps": 0, "rate": 0.01, "drop": 0.5, "flip": 0.5} | UNIFORM,
+    "dancing": {  # its loop runs 501 epochs, 252 of them at the full rate
+        "batch": 256, "epochs": 501, "min_steps": 0, "rate": 0.01, "drop": 0.5025, "flip": 0.0,
+        "sampling": "drawn", "standardise": "batch", "restart": True,
+    },
+    "demo": {"batch": 8, "epochs": 60, "min_steps": 300, "rate": 0.01, "drop": 0.5, "flip": 0.5} | UNIFORM,
+}  # fmt: skip
 APART = ("table", "score", "plan")  # definitions that only show something
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 REPEATS, REPEATS_REAL = 3, 5  # networks trained: on the demo, on the real data sets
-REAL = ("random", "full")  # sets of real clips
+CORESETS = ("herding", "kcenter")
+REAL = ("random", *CORESETS, "full")  # sets of real clips
+NETS = ("minic3d", "cnn-gru", "cnn-rnn")
+RECURRENT_SIDE = 64  # pixels: the recurrent networks see the centre of larger frames (protocol.md 3.2)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in 0 to 1
 TEST_BATCH = 64  # clips
 CHECKPOINT_EVERY = 20  # epochs
@@ -52,13 +68,30 @@ SECONDS_PER_CLIP_STEP = {"demo": 0.02}  # on two CPU cores; the real sets on an 
 SECONDS_PER_CLIP_STEP_GPU = 0.0015
 
 
+KNOBS = {  # the options that override a protocol
+    "batch": dict(type=contract.positive, metavar="N", help="clips of a step"),
+    "epochs": dict(type=contract.positive, metavar="N", help="epochs; alone it sets --min-steps to 0"),
+    "min_steps": dict(type=int, metavar="N", help="small sets are trained for more epochs, until there are N steps"),
+    "rate": dict(type=float, metavar="R", help="learning rate"),
+    "drop": dict(type=float, metavar="S", help="the rate falls to a tenth at this share of the epochs"),
+    "flip": dict(type=float, metavar="P", help="probability of a training clip's flip, drawn in every epoch"),
+    "sampling": dict(choices=("uniform", "drawn"), help="the real clips' frames: window 0 of 01, or the drawn windows"),
+    "standardise": dict(choices=("none", "batch", "clip"), help="subtract the mean of a batch or clip, divide by its std"),
+    "restart": dict(action=argparse.BooleanOptionalAction, help="forget the momentum when the rate falls"),
+}
+
+
 def parse_args():
     parser = contract.arguments(__doc__, common.DATASETS, ipc=False)
     parser.add_argument("ipc", type=contract.positive, nargs="?", help="videos per class (not for --train-on full)")
-    parser.add_argument("--train-on", default="gvd", metavar="SET", help="a set of stage 04, a folder, random or full (gvd)")
+    parser.add_argument("--train-on", default="gvd", metavar="SET", help=f"a set of stage 04, a folder, or {', '.join(REAL)}")
+    parser.add_argument("--features", choices=("full", "random"), help="of a coreset: of the network of full, an untrained")
+    parser.add_argument("--net", choices=NETS, default="minic3d", help="network that is trained (minic3d)")
     parser.add_argument("--name", help="name of the results' folder (the set's name)")
     parser.add_argument("--protocol", choices=sorted(PROTOCOLS), help="gvd, and for the demo: demo")
-    parser.add_argument("--epochs", type=contract.positive, help="epochs (the protocol's); the result is marked as short")
+    knobs = parser.add_argument_group("knobs", "default to the protocol's; a result with another value is marked")
+    for knob, options in KNOBS.items():
+        knobs.add_argument("--" + knob.replace("_", "-"), **options)
     parser.add_argument("--repeats", type=contract.positive, help=f"networks trained ({REPEATS_REAL}; demo {REPEATS})")
     parser.add_argument("--hmdb-train", choices=("all", "official"), default="all", help="HMDB51's training clips (all)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the convolutions (bfloat16 where it is native)")
@@ -70,9 +103,34 @@ def parse_args():
         parser.error("ipc: needed unless --train-on full")
     if args.save and args.train_on != "full":
         parser.error("--save: only with --train-on full")
+    if args.save and args.net != "minic3d":
+        parser.error("--save: only with --net minic3d, whose features the coresets are chosen by")
+    if args.features and args.train_on not in CORESETS:
+        parser.error("--features: only with --train-on herding or kcenter")
+    if args.train_on in CORESETS:
+        args.features = args.features or "full"
     args.protocol = args.protocol or ("demo" if args.dataset == "demo" else "gvd")
     args.repeats = args.repeats or (REPEATS if args.dataset == "demo" else REPEATS_REAL)
+    args.knobs = {"name": args.protocol, **PROTOCOLS[args.protocol]}
+    if args.epochs:
+        args.knobs["min_steps"] = 0
+    args.knobs |= {knob: getattr(args, knob) for knob in KNOBS if getattr(args, knob) is not None}
+    for knob, most in (("rate", math.inf), ("drop", 1), ("flip", 1), ("min_steps", math.inf)):
+        if not 0 <= args.knobs[knob] <= most or not math.isfinite(args.knobs[knob]):
+            parser.error(f"--{knob.replace('_', '-')}: must be {'at least 0' if most > 1 else '0 to 1'}")
     return args
+
+
+def network_folder(args):
+    """Where `--train-on full --save` leaves the network of all real clips and the clips' features."""
+    return contract.work_folder(args, "05_networks", f"minic3d__{args.protocol}")
+
+
+def full_command(args):
+    """The command that makes the network of all real clips and its features."""
+    words = ["--train-on", "full", "--save", "--protocol", args.protocol]
+    words += ["--hmdb-train", args.hmdb_train] if args.hmdb_train != "all" else []
+    return contract.command("05_train_eval.py", argparse.Namespace(**{**vars(args), "ipc": None}), *words)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -80,14 +138,20 @@ def parse_args():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def real_clips(args, split, manifest):
-    """Real clips {class: ({name: row}, uint8 [m, 16, S, S, 3])} of a split, the array still on the disk.
+def clip_file(split, label, args):
+    """The file of a class below 01_clips: of window 0, or of the drawn windows."""
+    return f"windows/{split}/{label}.npy" if args.knobs["sampling"] == "drawn" else f"{split}/{label}.npy"
 
-    ContractError when a class has no clip, or for `random` fewer than it needs.
+
+def real_clips(args, split, manifest):
+    """Real clips {class: ({name: row}, uint8 [m, windows, 16, S, S, 3])} of a split, the array still on the disk.
+
+    ContractError when a class has no clip, or for a selection fewer than it needs.
     """
     folder = contract.work_folder(args, "01_clips")
-    mend = contract.command("01_encode_latents.py", args)
-    contract.need(manifest, [f"{split}/{c}.npy" for c in args.classes], folder, mend)
+    drawn = ["--windows"] if args.knobs["sampling"] == "drawn" else []
+    mend = contract.command("01_encode_latents.py", args, *drawn)
+    contract.need(manifest, [clip_file(split, c, args) for c in args.classes], folder, mend)
     rows = {c: [] for c in args.classes}
     for row in common.read_csv(folder / "index.csv"):
         unused = args.hmdb_train == "official" and row["official"] == "0"
@@ -96,16 +160,16 @@ def real_clips(args, split, manifest):
     side, clips = args.spec["side"], {}
     for label, of_class in rows.items():
         of_class = of_class[: args.limit]
-        least = args.ipc if split == "train" and args.train_on == "random" else 1
+        path = folder / clip_file(split, label, args)
+        least = args.ipc if split == "train" and args.train_on in ("random", *CORESETS) else 1
         if len(of_class) < least:
             what = "training" if split == "train" else "test"
             raise contract.ContractError(
-                f"{folder / split / (label + '.npy')}: too few {what} clips of {label}\n  expected: at least {least}\n"
+                f"{path}: too few {what} clips of {label}\n  expected: at least {least}\n"
                 f"  found:    {len(of_class)}\n  get the whole data set, choose --classes that have clips, or raise --limit"
             )
-        path = folder / split / f"{label}.npy"
         array = contract.load_array(path, (None, None, common.NUM_FRAMES, side, side, 3), "uint8", mend)
-        clips[label] = ({row["name"]: int(row["row"]) for row in of_class}, array[:, 0])
+        clips[label] = ({row["name"]: int(row["row"]) for row in of_class}, array)
     return clips
 
 
@@ -117,6 +181,76 @@ def select_random(clips, ipc, seed, repeat):
         order = torch.randperm(len(names), generator=contract.generator(seed, "05", "random", repeat, label))
         chosen[label] = sorted(names[i] for i in order[:ipc].tolist())
     return chosen
+
+
+def herding(features, count):
+    """Rows of `count` items, chosen greedily without replacement such that their sum follows the mean (Welling 2009).
+
+    features: [n, D]. Item k is the one nearest to k times the mean minus the sum of those before; the first of equals.
+    """
+    mean, total, chosen = features.mean(0), np.zeros_like(features[0]), []
+    for k in range(1, count + 1):
+        distances = np.linalg.norm(k * mean - total - features, axis=1)
+        distances[chosen] = np.inf
+        chosen.append(int(distances.argmin()))
+        total = total + features[chosen[-1]]
+    return chosen
+
+
+def kcenter(features, count):
+    """Rows of `count` items: the one nearest to the mean, then always the one farthest from its nearest centre.
+
+    features: [n, D]. Greedy k-center of Gonzalez (1985) by the true pairwise distances; the first of equals.
+    """
+    chosen = [int(np.linalg.norm(features - features.mean(0), axis=1).argmin())]
+    nearest = np.full(len(features), np.inf)  # distance to the nearest centre
+    while len(chosen) < count:
+        nearest = np.minimum(nearest, np.linalg.norm(features - features[chosen[-1]], axis=1))
+        nearest[chosen] = -np.inf
+        chosen.append(int(nearest.argmax()))
+    return chosen
+
+
+@torch.inference_mode()
+def features_of(net, clips, standardise):
+    """Flattened output of MiniC3D's last block, before its pooling: float32 [n, 512] (48 px) of uint8 clips."""
+    net.eval()
+    return torch.cat([net.blocks(to_input(part, standardise)).flatten(1) for part in clips.split(TEST_BATCH)]).cpu().numpy()
+
+
+def real_features(args, clips, device):
+    """{class: ([name], float32 [n, D])} of the real clips in order of name.
+
+    By the network that `--train-on full --save` left, or with --features random by an untrained one. ContractError when
+    a clip is not among what it left.
+    """
+    found = {}
+    if args.features == "random":
+        with torch.random.fork_rng([]):
+            torch.manual_seed(contract.generator(args.seed, "05", "untrained").initial_seed())
+            net = build("minic3d", 1, args.spec["side"]).to(device)
+    for label, (rows, array) in clips.items():
+        names, path = sorted(rows), network_folder(args) / "features" / f"{label}.npy"
+        if args.features == "random":
+            of_class, _ = tensors({label: (rows, array)}, device, {label: names})
+            found[label] = (names, features_of(net, of_class, args.knobs["standardise"]))
+            continue
+        kept = [row["name"] for row in common.read_csv(path.with_suffix(".csv"))]
+        features = contract.load_array(path, (len(kept), None), "float32", full_command(args))
+        if missing := [name for name in names if name not in kept]:
+            raise contract.ContractError(
+                f"{path}: no features of {missing[0]}\n  expected: {len(names)} clips\n"
+                f"  found:    {len(names) - len(missing)}\n  run: {full_command(args)}"
+            )
+        found[label] = (names, features[[kept.index(name) for name in names]])
+    return found
+
+
+def select_coreset(args, clips, device):
+    """{class: names} of the `ipc` training clips of each class that herding or k-center chooses; ties go by name."""
+    choose = herding if args.train_on == "herding" else kcenter
+    features = real_features(args, clips, device)
+    return {c: [names[i] for i in choose(array.astype(np.float64), args.ipc)] for c, (names, array) in features.items()}
 
 
 def set_folder(args):
@@ -167,15 +301,20 @@ def read_set(folder, videos, args):
             except common.BadVideo as error:
                 raise contract.ContractError(f"{folder / name}: {error}\n  expected: a video") from None
             arrays.append(common.network_clip(video[common.uniform_frames(len(video))], args.dataset))
-        clips[label] = ({name: row for row, name in enumerate(names)}, np.stack(arrays))
+        clips[label] = ({name: row for row, name in enumerate(names)}, np.stack(arrays)[:, None])
     return clips
 
 
-def tensors(clips, device, keep=None):
-    """(uint8 [n, 16, S, S, 3], labels [n]) on the device, classes in ASCII order; keep: {class: names} to choose."""
+def tensors(clips, device, keep=None, window=0, net="minic3d"):
+    """(uint8 [n, 16, S, S, 3], labels [n]) on the device, classes in ASCII order, at the side that the network takes.
+
+    keep: {class: names} to choose. window: which of the clips' windows.
+    """
     arrays, labels = [], []
     for index, (label, (rows, array)) in enumerate(sorted(clips.items())):
-        arrays.append(array[[rows[name] for name in (keep[label] if keep else rows)]])
+        part = array[[rows[name] for name in (keep[label] if keep else rows)], window]
+        cut = (part.shape[2] - side_of(net, part.shape[2])) // 2
+        arrays.append(part[:, :, cut : part.shape[2] - cut, cut : part.shape[3] - cut])
         labels += [index] * len(arrays[-1])
     return torch.from_numpy(np.concatenate(arrays)).to(device), torch.tensor(labels, device=device)
 
@@ -185,10 +324,53 @@ def tensors(clips, device, keep=None):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def to_input(clips):
-    """uint8 [n, 16, S, S, 3] -> float32 [n, 3, 16, S, S], ImageNet mean and std."""
+class Recurrent(nn.Module):
+    """CNN+GRU or CNN+RNN (protocol.md 3.2): three 2D convolutions on every frame, one recurrent layer over the frames.
+
+    forward: float [n, 3, 16, S, S] -> logits [n, num_classes]. 128 (S/8)^2 features of a frame, hidden an eighth of
+    them: 8,192 and 1,024 at 64 px; 28.7 and 9.8 million parameters there at 50 classes.
+    """
+
+    def __init__(self, num_classes, side, layer):
+        super().__init__()
+        blocks = []
+        for inputs in (3, 128, 128):
+            blocks += [nn.Conv2d(inputs, 128, 3, padding=1), nn.GroupNorm(128, 128), nn.ReLU(), nn.AvgPool2d(2)]
+        self.blocks = nn.Sequential(*blocks)
+        features = 128 * (side // 8) ** 2
+        self.recurrent = layer(features, features // 8, batch_first=True)
+        self.head = nn.Linear(features // 8, num_classes)
+
+    def forward(self, clips):
+        frames = clips.transpose(1, 2)
+        features = self.blocks(frames.flatten(0, 1)).flatten(1).unflatten(0, frames.shape[:2])  # [n, 16, features]
+        with torch.autocast(clips.device.type, enabled=False):  # not in bfloat16 on every device
+            states, _ = self.recurrent(features.float())
+        return self.head(states.mean(1))
+
+
+def side_of(net, side):
+    """Side in pixels of the central part that a network takes from clips of `side`."""
+    return side if net == "minic3d" else min(side, RECURRENT_SIDE)
+
+
+def build(net, num_classes, side):
+    """The untrained network of that name, its weights in the layout in which convolutions are fast."""
+    if net == "minic3d":
+        return common.MiniC3D(num_classes).to(memory_format=torch.channels_last_3d)
+    layer = nn.GRU if net == "cnn-gru" else nn.RNN
+    return Recurrent(num_classes, side_of(net, side), layer).to(memory_format=torch.channels_last)
+
+
+def to_input(clips, standardise="none"):
+    """uint8 [n, 16, S, S, 3] -> float32 [n, 3, 16, S, S], ImageNet mean and std, then standardised if asked for."""
     mean, std = (torch.tensor(v, device=clips.device) for v in (MEAN, STD))
-    return ((clips.float() / 255 - mean) / std).permute(0, 4, 1, 2, 3)  # the layout in memory is channels_last_3d
+    x = clips.float().div_(255).sub_(mean).div_(std)
+    if standardise == "batch":  # the released code's second normalisation: one mean and deviation for the batch tensor
+        x = (x - x.mean()) / x.std()
+    elif standardise == "clip":
+        x = (x - x.mean((1, 2, 3, 4), keepdim=True)) / x.std((1, 2, 3, 4), keepdim=True)
+    return x.permute(0, 4, 1, 2, 3)  # the layout in memory is channels_last_3d
 
 
 def num_epochs(num_clips, protocol):
@@ -197,15 +379,15 @@ def num_epochs(num_clips, protocol):
     return max(protocol["epochs"], -(-protocol["min_steps"] // steps_per_epoch))
 
 
-def train(clips, labels, num_classes, protocol, seed, repeat, dtype, checkpoint):
-    """Trains MiniC3D from scratch (section 4.1). Returns (network, last epoch's mean loss).
+def train(clips, labels, num_classes, protocol, seed, repeat, dtype, checkpoint, kind="minic3d"):
+    """Trains a network of NETS from scratch (section 4.1). Returns (network, last epoch's mean loss).
 
     What an epoch draws depends on the seed, the repeat and the epoch only, so that a run taken up from `checkpoint` ends
     with the same weights as one that ran through.
     """
     device, epochs = clips.device, num_epochs(len(clips), protocol)
     torch.manual_seed(contract.generator(seed, "05", repeat, "network").initial_seed())
-    net = common.MiniC3D(num_classes).to(device, memory_format=torch.channels_last_3d)
+    net = build(kind, num_classes, clips.shape[2]).to(device)
     optimiser = torch.optim.SGD(net.parameters(), lr=protocol["rate"], momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     start = 0
     try:
@@ -218,9 +400,11 @@ def train(clips, labels, num_classes, protocol, seed, repeat, dtype, checkpoint)
     except (OSError, EOFError, KeyError, RuntimeError, UnpicklingError) as error:
         raise contract.ContractError(f"{checkpoint} is damaged\n  found: {error}\n  delete it: rm {checkpoint}") from None
     bar = tqdm(range(start, epochs), desc=f"05 repeat {repeat}", initial=start, total=epochs, mininterval=1)
-    mean_loss = None
+    mean_loss, drop = None, math.ceil(protocol["drop"] * epochs)
     for epoch in bar:
-        optimiser.param_groups[0]["lr"] = protocol["rate"] * (0.1 if epoch >= protocol["drop"] * epochs else 1.0)
+        optimiser.param_groups[0]["lr"] = protocol["rate"] * (0.1 if epoch >= drop else 1.0)
+        if epoch == drop and protocol["restart"]:
+            optimiser.state.clear()  # the released code makes a new optimiser
         generator = contract.generator(seed, "05", repeat, "epoch", epoch)
         torch.manual_seed(generator.initial_seed())  # dropout; inside fork_rng
         order = torch.randperm(len(clips), generator=generator).to(device)
@@ -228,8 +412,8 @@ def train(clips, labels, num_classes, protocol, seed, repeat, dtype, checkpoint)
         net.train()
         losses = []
         for batch in order.split(protocol["batch"]):
-            x = to_input(clips[batch])
-            x = torch.where(flips[batch, None, None, None, None], x.flip(-1), x)
+            x = clips[batch]
+            x = to_input(torch.where(flips[batch, None, None, None, None], x.flip(3), x), protocol["standardise"])
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 logits = net(x.contiguous(memory_format=torch.channels_last_3d))
             loss = nn.functional.cross_entropy(logits.float(), labels[batch])
@@ -246,14 +430,20 @@ def train(clips, labels, num_classes, protocol, seed, repeat, dtype, checkpoint)
 
 
 @torch.inference_mode()
-def test(net, clips, labels, classes, dtype):
-    """Accuracies in percent of one deterministic pass: top1, top5, per_class."""
+def test(net, passes, labels, classes, dtype, standardise="none"):
+    """Accuracies in percent of clips: top1, top5, per_class; over several passes their mean.
+
+    passes: uint8 [n, 16, S, S, 3] each, the windows of the same clips. Nothing is drawn: a test is a function of the
+    weights and the stored windows; with `batch` it also depends on which clips share a batch (64 in order of class).
+    """
     net.eval()
     logits = []
-    for part in clips.split(TEST_BATCH):
-        with torch.autocast(clips.device.type, dtype, enabled=dtype != torch.float32):
-            logits.append(net(to_input(part).contiguous(memory_format=torch.channels_last_3d)).float())
+    for part in (part for clips in passes for part in clips.split(TEST_BATCH)):
+        x = to_input(part, standardise).contiguous(memory_format=torch.channels_last_3d)
+        with torch.autocast(part.device.type, dtype, enabled=dtype != torch.float32):
+            logits.append(net(x).float())
     ranked = torch.cat(logits).topk(min(5, len(classes)), dim=1).indices
+    labels = labels.repeat(len(passes))
     right = ranked == labels[:, None]
     first = right[:, 0].double()
     per_class = {c: round(100 * first[labels == i].mean().item(), 4) for i, c in enumerate(classes)}
@@ -285,7 +475,8 @@ def table(args):
             continue
         contract.read_folder(folder, args, contract.command("05_train_eval.py", args, "--train-on", folder.parent.name))
         result = contract.read_json(folder / "result.json")
-        short = "" if result["complete"] else " **short of its protocol**"
+        short = "" if result["complete"] else f" **short of its protocol: {'; '.join(result.get('deviations', []))}**"
+        short = ", official clips" * (result.get("hmdb_train") == "official") + short
         spread = "" if result["top1"]["std"] is None else f" ± {result['top1']['std']:.1f}"
         lines.append(
             f"| {result['set']} | {result['net']}, {result['protocol']['name']}{short} | {result['top1']['mean']:.1f}{spread} "
@@ -307,8 +498,8 @@ def table(args):
 
 def score(args):
     """Accuracy on the set of the network that was trained on all real clips: how well the videos show their class."""
-    folder = contract.work_folder(args, "05_networks", f"minic3d__{args.protocol}")
-    contract.read_folder(folder, args, contract.command("05_train_eval.py", args, "--train-on", "full", "--save"))
+    folder = network_folder(args)
+    contract.read_folder(folder, args, full_command(args))
     with safe_open(folder / "network.safetensors", "pt") as file:
         known = json.loads(file.metadata()["classes"])
     net = common.MiniC3D(len(known))
@@ -319,17 +510,18 @@ def score(args):
     clips, labels = tensors(read_set(source, videos, args), "cpu")
     labels = torch.tensor([known.index(args.classes[i]) for i in labels.tolist()])
     torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
-    result = test(net.to(memory_format=torch.channels_last_3d), clips, labels, known, torch.float32)
+    net = net.to(memory_format=torch.channels_last_3d)
+    result = test(net, [clips], labels, known, torch.float32, args.knobs["standardise"])
     print(f"{source}: {result['top1']:.2f} % of {len(clips)} videos recognised")
     print("  " + ", ".join(f"{c} {rate:.1f}" for c, rate in result["per_class"].items() if c in videos))
 
 
-def plan(args, protocol):
+def plan(args):
     """Names, items, seconds and bytes of the plan, for --dry-run."""
     per_class = args.ipc if args.train_on != "full" else args.spec["clips"][0] // len(args.spec["classes"])
     count = min(per_class, args.limit or per_class) * len(args.classes)
     seconds = SECONDS_PER_CLIP_STEP.get(args.dataset, SECONDS_PER_CLIP_STEP_GPU)
-    seconds *= count * num_epochs(count, protocol) * args.repeats
+    seconds *= count * num_epochs(count, args.knobs) * args.repeats
     machine = "two CPU cores" if args.dataset == "demo" else "an A100"
     return (f"repeats on {Path(args.train_on).name}", args.repeats, seconds, 1e4 * args.repeats, machine)
 
@@ -339,32 +531,69 @@ def open_set(args):
     mend = contract.command("01_encode_latents.py", args)
     manifest = contract.read_folder(contract.work_folder(args, "01_clips"), args, mend)
     test_clips = real_clips(args, "test", manifest)
-    inputs = {"test clips": contract.content(manifest, [f"test/{c}.npy" for c in args.classes])}
+    inputs = {"test clips": contract.content(manifest, [clip_file("test", c, args) for c in args.classes])}
     if args.train_on in REAL:
         train_clips = real_clips(args, "train", manifest)
-        used = [name for c in args.classes for name in (f"train/{c}.npy", f"index/{c}.csv")]
+        used = [name for c in args.classes for name in (clip_file("train", c, args), f"index/{c}.csv")]
         inputs["training clips"] = contract.content(manifest, used)
-        return args.name or args.train_on, lambda: train_clips, test_clips, inputs, None
+        if args.features == "full":
+            inputs["features"] = contract.content(network_manifest(args), feature_files(args))
+        name = args.train_on + ("_untrained" if args.features == "random" else "")
+        return args.name or name, lambda: train_clips, test_clips, inputs, None
     folder, videos, inputs["training videos"], size = find_videos(args)
     return set_name(args, folder), lambda: read_set(folder, videos, args), test_clips, inputs, size
 
 
-def summarise(folder, files, name, args, protocol, num_test, size):
-    """Writes result.json from the files of the repeats. A set or training short of its protocol is marked."""
+def feature_files(args):
+    """The files of the features in 05_networks."""
+    return [f"features/{c}.{kind}" for c in args.classes for kind in ("npy", "csv")]
+
+
+def network_manifest(args):
+    """The manifest of the network of all real clips; ContractError names the command that makes it."""
+    manifest = contract.read_folder(network_folder(args), args, full_command(args))
+    contract.need(manifest, feature_files(args), network_folder(args), full_command(args))
+    return manifest
+
+
+def find_deviations(args, num_train, num_test):
+    """What makes this another measurement than the protocol's, as texts: knobs, fewer clips, features of such a network."""
+    own = PROTOCOLS[args.protocol]
+    found = [f"{knob} {args.knobs[knob]}, not {value}" for knob, value in own.items() if args.knobs[knob] != value]
+    train, test = args.spec["clips"]
+    if args.train_on != "full":
+        train = args.ipc * len(args.spec["classes"])
+    elif args.dataset == "hmdb51" and args.hmdb_train == "official":
+        train = 3570
+    counts = {"classes": (len(args.classes), len(args.spec["classes"]))}
+    counts |= {"training videos": (num_train, train), "test clips": (num_test, test)}
+    found += [f"{count:,} of {whole:,} {what}" for what, (count, whole) in counts.items() if count != whole]
+    if args.features == "full":
+        network = network_manifest(args)["identity"]["parameters"]
+        wanted = {"protocol": {"name": args.protocol, **own}, "hmdb_train": args.hmdb_train, "limit": None}
+        wanted |= {"classes": sorted(args.spec["classes"])}
+        found += [f"features of a network with another {k}" for k, value in wanted.items() if network[k] != value]
+    return found
+
+
+def summarise(folder, files, name, args, num_test, size, identity):
+    """Writes result.json from the files of the repeats. A set or training that is not its protocol's is marked."""
     done = sorted((contract.read_json(folder / file) for file in files), key=lambda record: record["repeat"])
     clip_bytes = common.NUM_FRAMES * args.spec["side"] ** 2 * 3
-    own = {"name": args.protocol, **PROTOCOLS[args.protocol]}
-    train, test = args.spec["clips"]
-    expected = args.ipc * len(args.spec["classes"])
-    if args.train_on == "full":
-        expected = 3570 if args.dataset == "hmdb51" and args.hmdb_train == "official" else train
-    whole = (num_test, done[0]["videos"]) == (test, expected) and args.classes == sorted(args.spec["classes"])
+    deviations, device = find_deviations(args, done[0]["videos"], num_test), identity["device"]
     result = {
         "set": name,
-        "net": "minic3d",
+        "net": args.net,
         "labels": "hard",
-        "protocol": protocol,
-        "complete": protocol == own and whole,
+        "protocol": args.knobs,
+        "complete": not deviations,
+        "deviations": deviations,
+        "features": args.features,
+        "hmdb_train": args.hmdb_train if args.dataset == "hmdb51" and args.train_on in REAL else None,
+        "seed": args.seed,
+        "repeats": [d["repeat"] for d in done],
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "dtype": identity["dtype"],
         "classes": len(args.classes),
         "test clips": num_test,
         "videos": done[0]["videos"],
@@ -378,54 +607,66 @@ def summarise(folder, files, name, args, protocol, num_test, size):
     contract.say(f"05 {name}: top-1 {result['top1']['mean']:.2f}{spread} % (n = {len(done)})")
 
 
+def save_network(folder, net, clips, args, device):
+    """Writes network.safetensors and the features of every training clip, by which coresets are chosen."""
+    weights = {k: v.float().cpu().contiguous() for k, v in net.state_dict().items()}
+    with contract.atomic(folder / "network.safetensors") as handle:
+        handle.write(save(weights, {"classes": json.dumps(args.classes)}))  # one key: several are written in any order
+    for label, (rows, _) in clips.items():
+        of_class, _ = tensors({label: clips[label]}, device)
+        contract.save_array(folder / "features" / f"{label}.npy", features_of(net, of_class, args.knobs["standardise"]))
+        common.write_csv(folder / "features" / f"{label}.csv", ("name",), [(name,) for name in rows])
+
+
 def main():
     args = parse_args()
     if args.table or args.score:
         return table(args) if args.table else score(args)
-    protocol = {"name": args.protocol, **PROTOCOLS[args.protocol]}
-    if args.epochs:
-        protocol.update(epochs=args.epochs, min_steps=0)
-    cost = plan(args, protocol)
-    there = args.train_on in REAL or set_folder(args).is_dir()
+    cost = plan(args)
+    needed = [] if args.train_on in REAL else [set_folder(args)]
+    needed += [network_folder(args)] if args.features == "full" else []
+    there = all(folder.is_dir() for folder in needed)
     if args.dry_run and (args.after or not there or not contract.work_folder(args, "01_clips").exists()):
         return contract.plan_after(args, "05", cost)
 
     name, load_clips, test_clips, inputs, size = open_set(args)
     settings = {
         "classes": args.classes,
-        "protocol": protocol,
+        "protocol": args.knobs,
         "train_on": args.train_on if args.train_on in REAL else "set",
     }
     settings |= {"ipc": None if args.train_on == "full" else args.ipc}
-    settings |= {k: getattr(args, k) for k in ("hmdb_train", "limit", "device", "threads", "dtype")}
+    settings |= {k: getattr(args, k) for k in ("net", "features", "hmdb_train", "limit", "device", "threads", "dtype")}
     identity = contract.identity(__file__, args, settings, inputs, {}, APART)
     group = "full" if args.train_on == "full" else f"ipc{args.ipc}"
-    folder = contract.work_folder(args, "05_results", group, name, f"minic3d__hard__{args.protocol}")
-    kept = contract.work_folder(args, "05_networks", f"minic3d__{args.protocol}")
+    folder = contract.work_folder(args, "05_results", group, name, f"{args.net}__hard__{args.protocol}")
     repeats = [f"repeat_{r}.json" for r in range(args.repeats)]
     wanted = [*repeats, "result.json"]
-    keep = None
+    keep, kept, kept_wanted = None, network_folder(args), ["network.safetensors", *feature_files(args)]
     if args.save:
-        keep, kept_identity = contract.begin(kept, copy.deepcopy(identity), ["network.safetensors"], args, cost)
+        keep, kept_identity = contract.begin(kept, copy.deepcopy(identity), kept_wanted, args, cost)
     todo, identity = contract.begin(folder, identity, wanted, args, cost, ["result.json"])
     if todo is None and keep is None:
         return
 
     device, dtype = torch.device(identity["parameters"]["device"]), getattr(torch, identity["parameters"]["dtype"])
-    train_clips, test_data = load_clips(), tensors(test_clips, device)
+    train_clips = load_clips()
+    num_passes = next(iter(test_clips.values()))[1].shape[1]
+    data = [tensors(test_clips, device, window=w, net=args.net) for w in range(num_passes)]
+    passes, test_labels = [clips for clips, _ in data], data[0][1]
+    chosen = select_coreset(args, train_clips, device) if args.train_on in CORESETS else None
     for r, file in enumerate(repeats):
         if file not in (todo or []) and not (keep and r == 0):
             continue
-        chosen = select_random(train_clips, args.ipc, args.seed, r) if args.train_on == "random" else None
-        clips, labels = tensors(train_clips, device, chosen)
+        if args.train_on == "random":
+            chosen = select_random(train_clips, args.ipc, args.seed, r)
+        clips, labels = tensors(train_clips, device, chosen, net=args.net)
         checkpoint = folder / f".checkpoint_{r}.pt"
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            net, loss = train(clips, labels, len(args.classes), protocol, args.seed, r, dtype, checkpoint)
-        accuracy = test(net, *test_data, args.classes, dtype)
+            net, loss = train(clips, labels, len(args.classes), args.knobs, args.seed, r, dtype, checkpoint, args.net)
+        accuracy = test(net, passes, test_labels, args.classes, dtype, args.knobs["standardise"])
         if keep and r == 0:
-            weights = {k: v.float().cpu().contiguous() for k, v in net.state_dict().items()}
-            with contract.atomic(kept / "network.safetensors") as handle:
-                handle.write(save(weights, {"classes": json.dumps(args.classes), "side": str(args.spec["side"])}))
+            save_network(kept, net, train_clips, args, device)
         if todo is not None:
             record = {"repeat": r, "loss": round(loss, 6), "clips": chosen, "videos": len(clips), **accuracy}
             contract.write_json(folder / file, record)
@@ -435,12 +676,12 @@ def main():
         for left in folder.glob(".checkpoint_*.pt"):  # of a run that was killed while it removed it
             left.unlink()
         done = [name_ for name_ in contract.listed(folder, wanted) if name_.startswith("repeat_")]
-        summarise(folder, done, name, args, protocol, len(test_data[0]), size)
+        summarise(folder, done, name, args, len(test_labels), size, identity["parameters"])
         kinds = {file: ([], "json") for file in wanted}
         contract.finish(folder, identity, wanted, args, ["opencv-python-headless"], kinds)
     if keep is not None:
-        kinds = {"network.safetensors": ([], "safetensors")}
-        contract.finish(kept, kept_identity, ["network.safetensors"], args, ["safetensors"], kinds)
+        kinds = {file: ([], file.split(".")[-1]) for file in kept_wanted}
+        contract.finish(kept, kept_identity, kept_wanted, args, ["safetensors"], kinds)
 
 
 if __name__ == "__main__":
