@@ -109,21 +109,6 @@ def parse_args():
     return args
 
 
-def read_prompts(args):
-    """{class: prompt}; ContractError names a class without one. With --prompt-file none all are empty."""
-    if args.prompt_file == Path("none"):
-        return dict.fromkeys(args.classes, "")
-    file = "ucf101" if args.dataset == "miniucf" else args.dataset
-    path = args.prompt_file or Path(__file__).parent / "prompts" / f"{file}.json"
-    prompts = contract.read_json(path)
-    if not isinstance(prompts, dict):
-        raise contract.ContractError(f"{path} is missing or no JSON object\n  expected: {{class: prompt}}")
-    for label in args.classes:
-        if not isinstance(prompts.get(label), str):
-            raise contract.ContractError(f"{path}: no prompt for class {label}\n  expected: one for each of {args.dataset}")
-    return {label: prompts[label] for label in args.classes}
-
-
 def check_steps(config, steps, solver="ddim"):
     """ContractError for a number of steps that the schedule cannot serve.
 
@@ -181,24 +166,6 @@ def keep_memory():
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: only larger arrays are mapped by themselves
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap is never trimmed
-
-
-def embed(folder, prompts, device):
-    """{prompt: float32 [1, tokens, width]} for the prompts and the empty one; the text encoder is needed only here."""
-    from transformers import CLIPTokenizer
-
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    except (OSError, ValueError) as error:
-        raise contract.ContractError(f"{folder / 'tokenizer'} cannot be loaded\n  found: {error}") from None
-    encoder = common.load_part(folder / "text_encoder", "text_encoder", device, torch.float32)
-    embeddings = {}
-    for prompt in ("", *sorted(set(prompts.values()))):
-        options = {"padding": "max_length", "truncation": True, "max_length": tokenizer.model_max_length}
-        ids = tokenizer(prompt, return_tensors="pt", **options).input_ids.to(device)
-        with torch.inference_mode():
-            embeddings[prompt] = encoder(ids).last_hidden_state
-    return embeddings
 
 
 def sample(unet, scheduler, text, empty, prototypes, generators, args):
@@ -322,7 +289,7 @@ def main():
     args = parse_args()
     number = min(args.ipc, args.limit or args.ipc)
     cost = plan(args, number)
-    prompts, entries = read_prompts(args), {}
+    prompts, entries = common.read_prompts(args), {}
     if args.sampler != "naive":
         source = contract.work_folder(args, "02_prototypes", f"ipc{args.ipc}", args.prototypes)
         if args.dry_run and (args.after or not (source / "manifest.json").exists()):
@@ -358,7 +325,7 @@ def main():
     scheduler = kind.from_pretrained(model / "scheduler")
     if device.type == "cpu":
         keep_memory()
-    embeddings = embed(model, prompts, device)
+    embeddings = common.embed(model, ["", *prompts.values()], device)
     unet = common.load_part(unet_folder, "unet", device, dtype)
     unet.set_attn_processor(PromptAttention())
     vae = common.load_part(model / "vae", "vae", device, torch.float32)

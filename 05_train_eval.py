@@ -11,6 +11,7 @@ Reads:   work/<data set>/04_distilled/ipc<K>/<set>/<class>/*.mp4 (--train-on SET
 Writes:  work/<data set>/05_results/<ipcK or full>/<set>/<net>__<labels>__<protocol>/repeat_<r>.json and result.json
          work/<data set>/05_networks/minic3d__<protocol>/, repeat 0 of `full`, with --save: network.safetensors,
          features/<class>.npy float32 [n, 512] (48 px; 2,048 at 112) of every training clip, features/<class>.csv names
+         work/<data set>/05_results/ipc<K>/<set>/score__minic3d__<protocol>.json, with --score
          work/<data set>/table_ipc<K>.md  the closing table, with --table
 Run:     python 05_train_eval.py hmdb51 20
          python 05_train_eval.py demo 5 --train-on random
@@ -45,12 +46,12 @@ import contract
 
 # EDIT HERE: the protocols. gvd: section 4.1. dancing: the released code of Dancing with Still Images, which section 4.1
 # follows (protocol.md 2 and 4). demo: small enough for a laptop.
-UNIFORM = {"sampling": "uniform", "standardise": "none", "restart": False}
+UNIFORM = {"sampling": "uniform", "frames": "in-order", "standardise": "none", "restart": False}
 PROTOCOLS = {
     "gvd": {"batch": 128, "epochs": 500, "min_steps": 0, "rate": 0.01, "drop": 0.5, "flip": 0.5} | UNIFORM,
     "dancing": {  # its loop runs 501 epochs, 252 of them at the full rate
         "batch": 256, "epochs": 501, "min_steps": 0, "rate": 0.01, "drop": 0.5025, "flip": 0.0,
-        "sampling": "drawn", "standardise": "batch", "restart": True,
+        "sampling": "drawn", "frames": "in-order", "standardise": "batch", "restart": True,
     },
     "demo": {"batch": 8, "epochs": 60, "min_steps": 300, "rate": 0.01, "drop": 0.5, "flip": 0.5} | UNIFORM,
 }  # fmt: skip
@@ -76,6 +77,9 @@ KNOBS = {  # the options that override a protocol
     "drop": dict(type=float, metavar="S", help="the rate falls to a tenth at this share of the epochs"),
     "flip": dict(type=float, metavar="P", help="probability of a training clip's flip, drawn in every epoch"),
     "sampling": dict(choices=("uniform", "drawn"), help="the real clips' frames: window 0 of 01, or the drawn windows"),
+    "frames": dict(
+        choices=("in-order", "shuffled", "one"), help="of all clips: shuffled, or one for all, shows what order teaches"
+    ),
     "standardise": dict(choices=("none", "batch", "clip"), help="subtract the mean of a batch or clip, divide by its std"),
     "restart": dict(action=argparse.BooleanOptionalAction, help="forget the momentum when the rate falls"),
 }
@@ -305,6 +309,20 @@ def read_set(folder, videos, args):
     return clips
 
 
+def reorder(clips, frames, seed):
+    """The clips with their frames shuffled, or 16 times the same one ("one"): as drawn from the seed for each clip."""
+    if frames == "in-order":
+        return clips
+    reordered = {}
+    for label, (rows, array) in clips.items():
+        array = np.array(array)
+        for name, row in rows.items():
+            order = torch.randperm(common.NUM_FRAMES, generator=contract.generator(seed, "05", "frames", label, name))
+            array[row] = array[row][:, order if frames == "shuffled" else order[:1].expand(len(order))]
+        reordered[label] = (rows, array)
+    return reordered
+
+
 def tensors(clips, device, keep=None, window=0, net="minic3d"):
     """(uint8 [n, 16, S, S, 3], labels [n]) on the device, classes in ASCII order, at the side that the network takes.
 
@@ -475,6 +493,8 @@ def table(args):
             continue
         contract.read_folder(folder, args, contract.command("05_train_eval.py", args, "--train-on", folder.parent.name))
         result = contract.read_json(folder / "result.json")
+        if sorted(result["per_class"]) != args.classes:  # another question
+            continue
         short = "" if result["complete"] else f" **short of its protocol: {'; '.join(result.get('deviations', []))}**"
         short = ", official clips" * (result.get("hmdb_train") == "official") + short
         spread = "" if result["top1"]["std"] is None else f" ± {result['top1']['std']:.1f}"
@@ -512,8 +532,12 @@ def score(args):
     torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
     net = net.to(memory_format=torch.channels_last_3d)
     result = test(net, [clips], labels, known, torch.float32, args.knobs["standardise"])
+    rates = {c: rate for c, rate in result["per_class"].items() if c in videos}
+    name = args.name or source.resolve().name + "-samples" * (source.resolve().parent.parent.name == "03_samples")
+    path = contract.work_folder(args, "05_results", f"ipc{args.ipc}", name, f"score__minic3d__{args.protocol}.json")
+    contract.write_json(path, {"set": name, "videos": len(clips), "top1": result["top1"], "per_class": rates})
     print(f"{source}: {result['top1']:.2f} % of {len(clips)} videos recognised")
-    print("  " + ", ".join(f"{c} {rate:.1f}" for c, rate in result["per_class"].items() if c in videos))
+    print("  " + ", ".join(f"{c} {rate:.1f}" for c, rate in rates.items()))
 
 
 def plan(args):
@@ -650,7 +674,7 @@ def main():
         return
 
     device, dtype = torch.device(identity["parameters"]["device"]), getattr(torch, identity["parameters"]["dtype"])
-    train_clips = load_clips()
+    train_clips, test_clips = (reorder(clips, args.knobs["frames"], args.seed) for clips in (load_clips(), test_clips))
     num_passes = next(iter(test_clips.values()))[1].shape[1]
     data = [tensors(test_clips, device, window=w, net=args.net) for w in range(num_passes)]
     passes, test_labels = [clips for clips, _ in data], data[0][1]

@@ -351,6 +351,42 @@ VIDEOMAE_BATCH = 16  # clips
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in 0 to 1
 
 
+def read_prompts(args):
+    """{class: prompt} of --prompt-file, else of the data set; all empty with --prompt-file none.
+
+    ContractError names a class without one.
+    """
+    if args.prompt_file == Path("none"):
+        return dict.fromkeys(args.classes, "")
+    file = "ucf101" if args.dataset == "miniucf" else args.dataset
+    path = args.prompt_file or Path(__file__).parent / "prompts" / f"{file}.json"
+    prompts = read_json(path)
+    if not isinstance(prompts, dict):
+        raise ContractError(f"{path} is missing or no JSON object\n  expected: {{class: prompt}}")
+    for label in args.classes:
+        if not isinstance(prompts.get(label), str):
+            raise ContractError(f"{path}: no prompt for class {label}\n  expected: one for each of {args.dataset}")
+    return {label: prompts[label] for label in args.classes}
+
+
+def embed(folder, prompts, device):
+    """{prompt: float32 [1, tokens, width]} by a model's text encoder, which is needed only here."""
+    from transformers import CLIPTokenizer
+
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    except (OSError, ValueError) as error:
+        raise ContractError(f"{folder / 'tokenizer'} cannot be loaded\n  found: {error}") from None
+    encoder = load_part(folder / "text_encoder", "text_encoder", device, torch.float32)
+    embeddings = {}
+    for prompt in sorted(set(prompts)):
+        options = {"padding": "max_length", "truncation": True, "max_length": tokenizer.model_max_length}
+        ids = tokenizer(prompt, return_tensors="pt", **options).input_ids.to(device)
+        with torch.inference_mode():
+            embeddings[prompt] = encoder(ids).last_hidden_state
+    return embeddings
+
+
 def videomae_folder(args):
     """The folder of args.teacher, a folder or hub name (downloaded once); without it, of the data set's own VideoMAE.
 

@@ -718,6 +718,7 @@ def write_manifest(folder, identity, wanted, args, packages, kinds):
     write_json(folder / "manifest.json", manifest)
     (folder / EARLIER).unlink(missing_ok=True)
     hashes.save()
+    return manifest
 
 
 def folder_hash(folder, args):

@@ -464,6 +464,10 @@ def test_saved_network_scores_videos(place):
     assert "05 fresh" in place.run("05", "--train-on", "full", "--save", "--repeats", 1)[1]
     code, text = place.run("05", "--score")
     assert code == 0 and "of 4 videos recognised" in text, text
+    score = json.loads((place.work / "demo/05_results/ipc2/gvd/score__minic3d__demo.json").read_text())
+    assert score["videos"] == 4 and f"{score['top1']:.2f} % of 4" in text and sorted(score["per_class"]) == list(CLASSES)
+    code, text = place.run("05", "--score", "--train-on", place.work / "demo/03_samples/ipc2/gvd")
+    assert code == 0 and (place.work / "demo/05_results/ipc2/gvd-samples/score__minic3d__demo.json").exists(), text
 
 
 @pytest.mark.parametrize("how", ["digit", "broken"])

@@ -407,3 +407,18 @@ def test_dancing_on_real_hmdb51_clips(real_data, empty, tmp_path):
             words = ["1", "--train-on", "random", "--net", net, "--protocol", protocol, "--epochs", 1, "--repeats", 1]
             code, text = run("05", *words)
             assert code == 0, text
+
+
+def test_frames_out_of_order():
+    """The same frames in another order, or one of them; drawn for each clip, and never twice differently."""
+    stage = load_stage("05")
+    array = np.arange(3 * 16, dtype=np.uint8).reshape(3, 1, 16, 1, 1, 1).repeat(3, -1)
+    clips = {"Walk": ({"a": 0, "b": 2}, array)}
+    assert stage.reorder(clips, "in-order", 0) is clips
+    shuffled = stage.reorder(clips, "shuffled", 0)["Walk"][1]
+    assert (np.sort(shuffled, 2) == array).all() and (shuffled[[0, 2]] != array[[0, 2]]).any((2, 3, 4, 5)).all()
+    assert (shuffled[0] != shuffled[2] - 32).any()
+    one = stage.reorder(clips, "one", 0)["Walk"][1]
+    assert (one[[0, 2]] == one[[0, 2], :, :1]).all() and one[0, 0, 0, 0, 0, 0] == shuffled[0, 0, 0, 0, 0, 0]
+    alone = stage.reorder({"Walk": ({"b": 0}, array[2:])}, "shuffled", 0)["Walk"][1]
+    assert (alone[0] == shuffled[2]).all()

@@ -93,7 +93,7 @@ def test_first_loss_is_eq_3(tuned):
     prompts = json.loads((REPO / "prompts/demo.json").read_text())
     texts = ["" if drop else prompts[CLASSES[i >= 5]] for i, drop in zip(chosen, dropped, strict=True)]
     with torch.no_grad():
-        states = torch.cat([load_stage("03").embed(tuned.model, {"": text}, CPU)[text] for text in texts])
+        states = torch.cat([common.embed(tuned.model, [text], CPU)[text] for text in texts])
         predicted = load(tuned.model / "unet")(z, t, states).sample
     rows = common.read_csv(tuned.work / "demo/03_unet/default/loss.csv")
     assert float(rows[0]["loss"]) == pytest.approx((predicted - noise).square().mean().item(), rel=1e-5)

@@ -208,7 +208,7 @@ def parts(empty):
             if not weight.any():
                 weight.copy_(0.1 * torch.randn(weight.shape, generator=generator))
     ours.set_attn_processor(stage.PromptAttention())
-    return stage, ours, stock, stage.embed(empty.model, {"Walk": "a man walks"}, CPU)
+    return stage, ours, stock, common.embed(empty.model, ["", "a man walks"], CPU)
 
 
 def test_prompt_attention_equals_the_library_s(parts):

@@ -86,19 +86,6 @@ def parse_args():
     return args
 
 
-def read_prompts(args):
-    """{class: prompt}; ContractError names a class without one."""
-    file = "ucf101" if args.dataset == "miniucf" else args.dataset
-    path = args.prompt_file or ROOT / "prompts" / f"{file}.json"
-    prompts = contract.read_json(path)
-    if not isinstance(prompts, dict):
-        raise contract.ContractError(f"{path} is missing or no JSON object\n  expected: {{class: prompt}}")
-    for label in args.classes:
-        if not isinstance(prompts.get(label), str):
-            raise contract.ContractError(f"{path}: no prompt for class {label}\n  expected: one for each of {args.dataset}")
-    return {label: prompts[label] for label in args.classes}
-
-
 def training_clips(args, source):
     """[(class, row of its .npy)] of the training clips, in the order of classes and rows."""
     official = args.hmdb_train == "official"
@@ -110,21 +97,6 @@ def training_clips(args, source):
     if not clips:
         raise contract.ContractError(f"{source / 'index.csv'}: no training clip of {', '.join(args.classes)}")
     return clips
-
-
-def embed(model, prompts, device):
-    """Prompt embeddings float32 [len(prompts), tokens, width]; the text encoder is needed only here."""
-    from transformers import CLIPTokenizer
-
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
-    except (OSError, ValueError) as error:
-        raise contract.ContractError(f"{model / 'tokenizer'} cannot be loaded\n  found: {error}") from None
-    encoder = common.load_part(model / "text_encoder", "text_encoder", device, torch.float32)
-    padded = {"padding": "max_length", "truncation": True, "max_length": tokenizer.model_max_length}
-    ids = tokenizer(prompts, return_tensors="pt", **padded).input_ids.to(device)
-    with torch.no_grad():
-        return torch.cat([encoder(part).last_hidden_state for part in ids.split(8)])
 
 
 def temporal_convolution(self, x):
@@ -351,7 +323,7 @@ def memory(args):
 
 def main():
     args = parse_args()
-    cost, prompts = plan(args), read_prompts(args)
+    cost, prompts = plan(args), common.read_prompts(args)
     if args.dry_run and args.dataset != "demo":
         print(memory(args))
     source = contract.work_folder(args, "01_latents")
@@ -397,7 +369,9 @@ def fine_tune(args, parameters, model, source, clips, prompts, folder, path, men
 
     device, dtype = torch.device(parameters["device"]), getattr(torch, parameters["dtype"])
     scheduler = DDIMScheduler.from_pretrained(model / "scheduler")
-    states = embed(model, [*(prompts[c] for c in args.classes), ""], device)
+    texts = [*(prompts[c] for c in args.classes), ""]
+    embeddings = common.embed(model, texts, device)
+    states = torch.cat([embeddings[text] for text in texts]).clone()  # made in inference mode, now part of a graph
     unet = common.load_part(model / "unet", "unet", device, torch.float32)
     network, weights = prepare(unet, device, args.lora, args.seed)
     count = sum(p.numel() for p in weights.values())
