@@ -243,7 +243,7 @@ def test_an_overridden_knob_is_recorded_and_marked(place):
     result = result_of(place, "ipc2/gvd/minic3d__hard__demo")
     assert result["protocol"] == {
         "name": "demo", "batch": 4, "epochs": 2, "min_steps": 0, "rate": 0.02, "drop": 0.5, "flip": 0.0,
-        "sampling": "uniform", "standardise": "clip", "restart": False,
+        "sampling": "uniform", "frames": "in-order", "standardise": "clip", "restart": False,
     }  # fmt: skip
     for text in ("batch 4, not 8", "epochs 2, not 60", "rate 0.02, not 0.01", "flip 0.0, not 0.5", "2 of 8 classes"):
         assert text in result["deviations"]
