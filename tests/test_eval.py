@@ -242,7 +242,7 @@ def test_an_overridden_knob_is_recorded_and_marked(place):
     assert code == 0, text
     result = result_of(place, "ipc2/gvd/minic3d__hard__demo")
     assert result["protocol"] == {
-        "name": "demo", "batch": 4, "epochs": 2, "min_steps": 0, "rate": 0.02, "drop": 0.5, "flip": 0.0,
+        "name": "demo", "batch": 4, "max_batch": 4, "epochs": 2, "min_steps": 0, "rate": 0.02, "drop": 0.5, "flip": 0.0,
         "sampling": "uniform", "frames": "in-order", "standardise": "clip", "restart": False,
     }  # fmt: skip
     for text in ("batch 4, not 8", "epochs 2, not 60", "rate 0.02, not 0.01", "flip 0.0, not 0.5", "2 of 8 classes"):
@@ -422,3 +422,10 @@ def test_frames_out_of_order():
     assert (one[[0, 2]] == one[[0, 2], :, :1]).all() and one[0, 0, 0, 0, 0, 0] == shuffled[0, 0, 0, 0, 0, 0]
     alone = stage.reorder({"Walk": ({"b": 0}, array[2:])}, "shuffled", 0)["Walk"][1]
     assert (alone[0] == shuffled[2]).all()
+
+
+@pytest.mark.parametrize(("clips", "demo", "gvd"), [(8, 8, 128), (80, 8, 128), (160, 16, 128), (864, 64, 128)])
+def test_a_step_takes_a_tenth_of_the_set(clips, demo, gvd):
+    stage = load_stage("05")
+    assert stage.batch_size(clips, stage.PROTOCOLS["demo"]) == demo
+    assert stage.batch_size(clips, stage.PROTOCOLS["gvd"]) == gvd

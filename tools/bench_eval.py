@@ -167,7 +167,7 @@ def plain(args, device, stage, result, chosen):
         net = stage["build"](args.net, len(spec["classes"]), side).to(device)
         options = {"momentum": stage["MOMENTUM"], "weight_decay": stage["WEIGHT_DECAY"]}
         optimiser = torch.optim.SGD(net.parameters(), lr=protocol["rate"], **options)
-        batches = loader(chosen, protocol["flip"], batch_size=protocol["batch"], shuffle=True)
+        batches = loader(chosen, protocol["flip"], batch_size=stage["batch_size"](len(chosen), protocol), shuffle=True)
         for epoch in range(args.epochs):
             optimiser.param_groups[0]["lr"] = protocol["rate"] * (0.1 if epoch >= protocol["drop"] * args.epochs else 1)
             for x, labels in batches:
