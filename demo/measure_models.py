@@ -24,7 +24,7 @@ import contract  # noqa: E402
 
 IPC = 5  # the set whose videos are measured: 160 generated ones
 PAIR = ("SitDown", "StandUp")  # the same poses in opposite order
-PAIR_EPOCHS = 15  # enough for 100 % with the frames in order
+PAIR_EPOCHS = 30  # enough for the network that sees the frames in order
 
 
 def run(args, script, *words):
@@ -110,16 +110,16 @@ def main():
         scores[name] = result(args, f"ipc{IPC}", f"{name}-samples", "score__minic3d__demo.json")
     pair = {}
     for frames in ("in-order", "shuffled", "one"):
-        words = ("--train-on", "full", "--classes", ",".join(PAIR), "--epochs", PAIR_EPOCHS, "--repeats", 3)
-        run(args, "05_train_eval.py", *words, "--frames", frames, "--name", f"pair-{frames}")
+        words = ("--train-on", "full", "--classes", ",".join(PAIR), "--name", f"pair-{frames}", "--repeats", 1)
+        run(args, "05_train_eval.py", *words, "--epochs", PAIR_EPOCHS, "--frames", frames)
         pair[frames] = result(args, "full", f"pair-{frames}", "minic3d__hard__demo", "result.json")["top1"]
 
     full = result(args, "full", "full", "minic3d__hard__demo", "result.json")
     measured = {
         "full data, top-1 %": full["top1"],
-        f"{' or '.join(PAIR)}, top-1 % by the frames seen": pair,
+        "order pair, top-1 % by the frames seen": pair,
         "autoencoder on test clips, dB": autoencoder_psnr(args),
-        "samples recognised by the full-data network, %": {
+        "samples recognised, %": {
             name: {
                 "videos": score["videos"],
                 "all classes": score["top1"],
