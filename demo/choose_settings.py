@@ -21,11 +21,9 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 
 IPC = 5
-SETTINGS = (  # guidance lambda, stop, DDIM steps, classifier-free guidance
+SETTINGS = (  # EDIT HERE: guidance lambda, stop, DDIM steps, classifier-free guidance
     (0.1, 0.5, 25, 4.0),
     (0.1, 0.5, 25, 7.0),
-    (0.05, 0.5, 25, 4.0),
-    (0.2, 0.5, 25, 4.0),
 )
 COLUMNS = ("guidance", "stop", "steps", "cfg", "top1_mean", "top1_std", "top1_values")
 
