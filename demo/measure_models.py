@@ -3,7 +3,7 @@
 Reads:   what the stages leave below work/demo: 01 to 03, the networks of 05 (it runs the stages that are missing)
 Writes:  work/demo/measured.json
 Run:     python demo/measure_models.py
-Cost:    about 40 minutes on two CPU cores, most of it for the network that is trained on all real clips
+Cost:    about 30 minutes on two CPU cores, most of it for the network that is trained on all real clips
 Expect:  results/demo_models/measured.json, for the shipped models
 """
 

@@ -10,7 +10,7 @@ Writes:  demo/models/t2v/{vae,text_encoder,unet,scheduler,tokenizer}
 Run:     python demo/train_models.py                          everything, then demo/measure_models.py
          python demo/train_models.py --only vae               one part: vae or unet
          python demo/train_models.py --clip-tokenizer FOLDER  makes the trimmed tokenizer again, from CLIP's
-Cost:    on two CPU cores 10 minutes for the autoencoder and about 2 hours for the U-Net, then 40 minutes of measuring
+Cost:    on two CPU cores 10 minutes for the autoencoder and about 2 hours for the U-Net, then 30 minutes of measuring
 Expect:  the figures that demo/measure_models.py prints; other hardware, or another number of threads, other last bits
 """
 
