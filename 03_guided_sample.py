@@ -9,7 +9,8 @@ The noise depends on class, prototype and draw alone, so the paper's baselines s
             knoise  no pull; the prototype's first frame, 16 times, is noised to --strength and denoised (after D4M)
 
 Reads:   work/<data set>/02_prototypes/ipc<K>/<--prototypes>/<class>.npy  float32 [K, 16, 4, h, w]
-         prompts/<data set>.json  one sentence per class; the model: --model
+         prompts/<data set>.json  one sentence per class; the model: --model; its U-Net: --unet, by default
+         work/<data set>/03_unet/default/ (tools/finetune_unet.py) for hmdb51 and miniucf, else the published one
 Writes:  work/<data set>/03_samples/ipc<K>/<--name>/<class>/<prototype>_<draw>.npy  float16 [16, 4, h, w] latents
          and the same name .mp4: H.264, 16 frames at generator size
 Run:     python 03_guided_sample.py hmdb51 20
@@ -21,10 +22,10 @@ Run:     python 03_guided_sample.py hmdb51 20
          python 03_guided_sample.py demo 5 --prompt-file none --name no-text     # guided by the prototype alone
          python 03_guided_sample.py demo 5 --scheduler dpmpp --steps 20 --name dpmpp
          torchrun --nproc-per-node 8 03_guided_sample.py hmdb51 20    the processes share the batches
-Cost:    demo IPC 5: 160 videos, 5 min on two CPU cores. hmdb51 IPC 20, by estimate: 4,080 videos, 8 h on an A100
+Cost:    demo IPC 5: 160 videos, 3 min on two CPU cores. hmdb51 IPC 20, by estimate: 4,080 videos, 8 h on an A100
 Expect:  videos of the class that look like its prototypes
 Differs: the minus sign, sigma_t = sqrt(1 - abar_t), 50 steps instead of 2000 and "stop at step 1000" read as the noisier
-         half (the schedule has 1000 steps; paper_facts.md 2.1, 2.5); the U-Net is the published one
+         half (the schedule has 1000 steps; paper_facts.md 2.1, 2.5); which U-Net was used stands in the manifest
 """
 
 import contextlib
@@ -58,7 +59,7 @@ SHORT = common.NUM_FRAMES  # tokens up to which the CPU's attention is faster pr
 ATTENTION_LIMIT = 65535  # sequences per attention on a GPU (peers.md 4)
 GPU_BYTES = 5e9, 2.5e9  # weights, and a forward per video of 448x256, by estimate
 FPS = 8  # of the .mp4, as the model was trained
-SECONDS_PER_VIDEO = {"demo": 1.4}  # on two CPU cores; the real model on an A100, by estimate:
+SECONDS_PER_VIDEO = {"demo": 1.1}  # on two CPU cores; the real model on an A100, by estimate:
 SECONDS_PER_VIDEO_GPU = 7.0
 
 

@@ -64,7 +64,7 @@ CORESETS = ("herding", "kcenter")
 REAL = ("random", *CORESETS, "full")  # sets of real clips
 NETS = ("minic3d", "cnn-gru", "cnn-rnn")
 RECURRENT_SIDE = 64  # pixels: the recurrent networks see the centre of larger frames (protocol.md 3.2)
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in 0 to 1
+MEAN, STD = common.IMAGENET_MEAN, common.IMAGENET_STD
 TEST_BATCH = 64  # clips
 CHECKPOINT_EVERY = 20  # epochs
 SECONDS_PER_CLIP_STEP = {"demo": 0.02}  # on two CPU cores; the real sets on an A100, by estimate:
@@ -303,14 +303,8 @@ def read_set(folder, videos, args):
     """Videos as the networks see them, by the path of the real clips: {class: ({name: row}, uint8 [n, 16, S, S, 3])}."""
     clips = {}
     for label, names in tqdm(videos.items(), desc="05 read", mininterval=1):
-        arrays = []
-        for name in names:
-            try:
-                video = common.read_video(folder / name)
-            except common.BadVideo as error:
-                raise contract.ContractError(f"{folder / name}: {error}\n  expected: a video") from None
-            arrays.append(common.network_clip(video[common.uniform_frames(len(video))], args.dataset))
-        clips[label] = ({name: row for row, name in enumerate(names)}, np.stack(arrays)[:, None])
+        array = common.network_clips(folder, names, args.dataset)[:, None]
+        clips[label] = ({name: row for row, name in enumerate(names)}, array)
     return clips
 
 
@@ -543,7 +537,9 @@ def score(args):
     net = net.to(memory_format=torch.channels_last_3d)
     result = test(net, [clips], labels, known, torch.float32, args.knobs["standardise"])
     rates = {c: rate for c, rate in result["per_class"].items() if c in videos}
-    name = args.name or source.resolve().name + "-samples" * (source.resolve().parent.parent.name == "03_samples")
+    if source.resolve().parent.parent.name == "03_samples":  # not the composed set of the same name
+        args.name = args.name or source.resolve().name + "-samples"
+    name = set_name(args, source)
     path = contract.work_folder(args, "05_results", f"ipc{args.ipc}", name, f"score__minic3d__{args.protocol}.json")
     contract.write_json(path, {"set": name, "videos": len(clips), "top1": result["top1"], "per_class": rates})
     print(f"{source}: {result['top1']:.2f} % of {len(clips)} videos recognised")

@@ -340,17 +340,6 @@ def load_part(folder, part, device, dtype):
     return network.to(device).eval().requires_grad_(False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# VideoMAE: teacher of soft labels (section 3.5) and features of the metrics (appendix A)
-# ---------------------------------------------------------------------------------------------------------------------
-
-UCF101_VIDEOMAE = "nateraw/videomae-base-finetuned-ucf101"  # 101 outputs, weights CC-BY-NC 4.0
-DEMO_VIDEOMAE = DEMO_MODEL.with_name("videomae")
-VIDEOMAE_FILES = "a folder with config.json, preprocessor_config.json and model.safetensors"
-VIDEOMAE_BATCH = 16  # clips
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in 0 to 1
-
-
 def read_prompts(args):
     """{class: prompt} of --prompt-file, else of the data set; all empty with --prompt-file none.
 
@@ -385,6 +374,17 @@ def embed(folder, prompts, device):
         with torch.inference_mode():
             embeddings[prompt] = encoder(ids).last_hidden_state
     return embeddings
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# VideoMAE: teacher of soft labels (section 3.5) and features of the metrics (appendix A)
+# ---------------------------------------------------------------------------------------------------------------------
+
+UCF101_VIDEOMAE = "nateraw/videomae-base-finetuned-ucf101"  # 101 outputs, weights CC-BY-NC 4.0
+DEMO_VIDEOMAE = DEMO_MODEL.with_name("videomae")
+VIDEOMAE_FILES = "a folder with config.json, preprocessor_config.json and model.safetensors"
+VIDEOMAE_BATCH = 16  # clips
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in 0 to 1
 
 
 def videomae_folder(args):
@@ -605,6 +605,18 @@ def network_clip(frames, dataset):
 
 # At least 38 dB on real frames. The macroblock tree and processor-dependent code do not repeat their bytes.
 X264 = {"crf": "12", "tune": "psnr", "flags": "+bitexact", "x264-params": "cpu-independent=1:mbtree=0"}
+
+
+def network_clips(folder, names, dataset):
+    """Videos below a folder as the networks see them: uint8 [n, 16, S, S, 3]; ContractError names one that is none."""
+    clips = []
+    for name in names:
+        try:
+            video = read_video(folder / name)
+        except BadVideo as error:
+            raise ContractError(f"{folder / name}: {error}\n  expected: a video") from None
+        clips.append(network_clip(video[uniform_frames(len(video))], dataset))
+    return np.stack(clips)
 
 
 def write_mp4(path, frames, rate=8):

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The five stages in order, for one data set and IPC, up to the closing table.
 #
-#   bash run_all.sh                      the demo, IPC 5: about 10 minutes on two CPU cores, no GPU, no download of data
+#   bash run_all.sh                      the demo, IPC 5: about 8 minutes on two CPU cores, no GPU, no download of data
 #   bash run_all.sh hmdb51 20            HMDB51 at 20 videos per class: about 13 hours on one A100, by estimate (see README.md)
 #   bash run_all.sh demo 5 --03 '--guidance 0.3'      one stage with another option; what it does not touch stays
 #

@@ -9,7 +9,7 @@ Reads:   the demo's videos (demo/draw_videos.py), demo/models/t2v
 Writes:  work/demo/class_names.json, 03_unet/class_names/, 03_samples/ipc<K>/names_{before,after}/
 Run:     python demo/finetune_check.py [--work-dir work] [--data-root data] [--ipc 5] [--steps 300]
 Cost:    by estimate 8 minutes on two CPU cores, and 17 for the scoring network where it is not there yet
-Expect:  two lines of stage 05, the second with the higher share of recognised videos
+Expect:  not run yet: two lines of stage 05, the second, if it works, with the higher share of recognised videos
 """
 
 import argparse

@@ -3,7 +3,7 @@
 Reads:   what the stages leave below work/demo: 01 to 03, the networks of 05 (it runs the stages that are missing)
 Writes:  work/demo/measured.json
 Run:     python demo/measure_models.py
-Cost:    about 30 minutes on two CPU cores, most of it for the network that is trained on all real clips
+Cost:    by estimate 30 minutes on two CPU cores, most of it for the network that is trained on all real clips
 Expect:  results/demo_models/measured.json, for the shipped models
 """
 
@@ -76,9 +76,9 @@ def distances(args, samples):
     training = torch.cat([training, training.flip(-2)]).flatten(1).float()
     found = {"test clips": nearest(real("test"), training)}
     for name in samples:
-        paths = sorted((args.work_dir / "demo" / "03_samples" / f"ipc{IPC}" / name).glob("*/*.mp4"))
-        videos = [common.network_clip(common.read_video(path), "demo") for path in paths]
-        found[f"{name} samples"] = nearest(np.stack(videos), training)
+        folder = args.work_dir / "demo" / "03_samples" / f"ipc{IPC}" / name
+        paths = sorted(path.relative_to(folder) for path in folder.glob("*/*.mp4"))
+        found[f"{name} samples"] = nearest(common.network_clips(folder, paths, "demo"), training)
     return found
 
 

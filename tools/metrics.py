@@ -198,14 +198,7 @@ def read_set(step, folder, args):
         names = sorted(name for name in outputs if name.split("/")[0] == label and name.endswith(ending))
         if not names:
             raise contract.ContractError(f"{folder / label}: no video\n  expected: some of each class")
-        arrays = []
-        for name in names:
-            try:
-                video = common.read_video(folder / name)
-            except common.BadVideo as error:
-                raise contract.ContractError(f"{folder / name}: {error}\n  expected: a video") from None
-            arrays.append(common.network_clip(video[common.uniform_frames(len(video))], args.dataset))
-        videos[label], used = np.stack(arrays), used + names
+        videos[label], used = common.network_clips(folder, names, args.dataset), used + names
     return videos, contract.content({"outputs": outputs}, used), sum(outputs[name]["bytes"] for name in used)
 
 
