@@ -1,5 +1,6 @@
 """VideoMAE, the soft-label loss and tools/metrics.py against exact references; demo/train_teacher.py killed."""
 
+import argparse
 import contextlib
 import importlib.util
 import io
@@ -13,7 +14,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, REPO
+from conftest import CLASSES, REPO, load_stage
 from safetensors.torch import load_file, save_file
 
 import common
@@ -426,6 +427,95 @@ def test_metrics_refuses_what_it_cannot_measure(place, videomae):
     video.write_bytes(video.read_bytes()[:-1] + b"x")
     code, text = run_metrics(place, "--teacher", videomae, "--device", "cpu")
     assert code == 3 and "Walk/0.mp4 is damaged" in text and not (place.work / "demo/metrics_ipc2.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage 05 with soft labels
+# ---------------------------------------------------------------------------------------------------------------------
+
+SOFT = ("--labels", "soft", "--device", "cpu", "--threads", 1, "--dtype", "float32")
+
+
+def outcome(place, name, labels):
+    """Losses, accuracies and the summary of a set's result."""
+    folder = place.work / f"demo/05_results/ipc2/{name}/minic3d__{labels}__demo"
+    return [contract.read_json(folder / f"repeat_{r}.json") for r in range(2)], contract.read_json(folder / "result.json")
+
+
+def test_soft_labels_of_a_distilled_set(place, copied):
+    code, text = place.run("05", *SOFT, "--teacher", copied)
+    assert code == 0, text
+    folder = place.work / "demo/05_labels/ipc2/gvd__videomae"
+    network, scale = common.load_videomae(copied, CPU)
+    for label in CLASSES:
+        names = [row["name"] for row in common.read_csv(folder / f"{label}.csv")]
+        assert names == [f"{label}/0.mp4", f"{label}/1.mp4"]
+        clips_of_class = common.network_clips(place.work / "demo/04_distilled/ipc2/gvd", names, "demo")
+        logits = common.run_videomae(network, scale, clips_of_class)[1][:, [2, 0]]  # walk, Wave
+        assert (np.load(folder / f"{label}.npy") == logits.numpy()).all()
+    assert [row["name"] for row in common.read_csv(folder / "classes.csv")] == ["Walk", "Wave"]
+    repeats, result = outcome(place, "gvd", "soft")
+    assert [result[k] for k in ("labels", "teacher", "alpha", "tau")] == ["soft", "videomae", 0.5, 3.0]
+    assert not any("alpha" in text or "tau" in text for text in result["deviations"])
+
+    # Without the teacher: the same bytes from the logits; refused for other videos than theirs.
+    before = place.files()
+    shutil.rmtree(copied)
+    assert "05 fresh" in place.run("05", *SOFT, "--teacher", copied)[1]
+    shutil.rmtree(place.work / "demo/05_results/ipc2/gvd/minic3d__soft__demo")
+    assert place.run("05", *SOFT, "--teacher", copied)[0] == 0
+    assert place.files() == before
+    assert place.run("04", "--seed", 1)[0] == 0
+    code, text = place.run("05", *SOFT, "--teacher", copied)
+    assert code == 3 and "logits of other videos" in text and "videomae is missing" in text
+
+
+def test_soft_labels_change_the_loss_alone(place, videomae):
+    """Without weight the teacher changes nothing; with it, it does, and the result says what deviates."""
+    assert place.run("05", "--name", "hard", *SOFT[2:])[0] == 0
+    assert place.run("05", "--name", "none", *SOFT, "--teacher", videomae, "--alpha", 0)[0] == 0
+    assert place.run("05", "--name", "all", *SOFT, "--teacher", videomae, "--alpha", 1, "--tau", 1)[0] == 0
+    (hard, _), (none, result), (soft, _) = (
+        outcome(place, n, k) for n, k in (("hard", "hard"), ("none", "soft"), ("all", "soft"))
+    )
+    assert none == hard and "alpha 0.0, not 0.5" in result["deviations"]
+    assert all(a["loss"] != b["loss"] for a, b in zip(hard, soft, strict=True))
+
+
+def test_soft_labels_of_real_clips_follow_the_repeat(place, videomae):
+    code, text = place.run("05", *SOFT, "--teacher", videomae, "--train-on", "random")
+    assert code == 0, text
+    stage, folder = load_stage("05"), place.work / "demo/05_labels/full/real__videomae"
+    network, scale = common.load_videomae(videomae, CPU)
+    index = {row["name"]: int(row["row"]) for row in common.read_csv(place.work / "demo/01_clips/index.csv")}
+    repeats, result = outcome(place, "random", "soft")
+    for record in repeats:
+        clips_of = {c: (index, np.load(place.work / f"demo/01_clips/train/{c}.npy")) for c in CLASSES}
+        args = argparse.Namespace(classes=list(CLASSES))
+        found = stage.teacher_logits(args, folder, clips_of, record["clips"], CPU)
+        seen, _ = stage.tensors(clips_of, CPU, record["clips"])
+        wanted = common.run_videomae(network, scale, seen.numpy())[1][:, [2, 0]]
+        assert torch.allclose(found, wanted, atol=1e-6) and len(found) == 4
+    assert repeats[0]["clips"] != repeats[1]["clips"] and result["labels"] == "soft"
+    code, text = place.run("05", "--table")
+    assert code == 0 and "| random, soft labels |" in text and "| gvd |" in text
+
+
+@pytest.mark.parametrize("extra", [("--alpha", 2), ("--tau", 0), ("--train-on", "full", "--save")])
+def test_soft_labels_refuse_nonsense(place, extra):
+    assert place.run("05", *SOFT, *extra)[0] == 2
+    assert place.run("05", "--alpha", 0.5)[0] == 2
+
+
+def test_soft_labels_need_a_teacher_of_the_classes(place, copied):
+    config = json.loads((copied / "config.json").read_text())
+    config["id2label"]["2"] = "Run"
+    (copied / "config.json").write_text(json.dumps(config))
+    code, text = place.run("05", *SOFT, "--teacher", copied)
+    assert code == 3 and "Walk" in text, text
+    code, text = place.run("05", *SOFT, "--teacher", copied / "no")
+    assert code == 3 and "is missing" in text and "model.safetensors" in text
+    assert not (place.work / "demo/05_results/ipc2/gvd/minic3d__soft__demo").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
