@@ -780,7 +780,8 @@ def main():
     }
     settings |= {"ipc": None if args.train_on == "full" else args.ipc}
     settings |= {k: getattr(args, k) for k in ("net", "features", "hmdb_train", "limit", "device", "threads", "dtype")}
-    settings |= {k: getattr(args, k) for k in ("labels", "alpha", "tau")}
+    if soft:
+        settings |= {k: getattr(args, k) for k in ("labels", "alpha", "tau")}
     identity = contract.identity(__file__, args, settings, inputs, {}, APART)
     group = "full" if args.train_on == "full" else f"ipc{args.ipc}"
     folder = contract.work_folder(args, "05_results", group, name, f"{args.net}__{args.labels}__{args.protocol}")

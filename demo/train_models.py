@@ -1,14 +1,14 @@
-"""Trains the demo's text-to-video model: an autoencoder, then a text encoder and a 3D U-Net, in the published layout.
+"""Trains the demo's models: an autoencoder, a text encoder with a 3D U-Net, and a VideoMAE, in the published layout.
 
 The networks are the library's own classes (AutoencoderKL, CLIPTextModel, UNet3DConditionModel) at a thousandth of the
 published size, with ModelScope's noise schedule, so that every stage runs on them by the code that runs the real model.
 Only the demo's training clips are used.
 
 Reads:   <data root>/demo (demo/draw_videos.py), prompts/demo.json, demo/models/t2v/tokenizer
-Writes:  demo/models/t2v/{vae,text_encoder,unet,scheduler,tokenizer}
+Writes:  demo/models/t2v/{vae,text_encoder,unet,scheduler,tokenizer}; demo/models/videomae by demo/train_teacher.py
          work/demo_training/*.pt   checkpoints: a killed run goes on from the last one and ends with the same weights
 Run:     python demo/train_models.py                          everything, then demo/measure_models.py
-         python demo/train_models.py --only vae               one part: vae or unet
+         python demo/train_models.py --only vae               one part: vae, unet or videomae
          python demo/train_models.py --clip-tokenizer FOLDER  makes the trimmed tokenizer again, from CLIP's
 Cost:    on two CPU cores 10 minutes for the autoencoder and about 2 hours for the U-Net, then 30 minutes of measuring
 Expect:  the figures that demo/measure_models.py prints; other hardware, or another number of threads, other last bits
@@ -50,7 +50,7 @@ VAE_CHANNELS, VAE_STEPS, VAE_BATCH, VAE_RATE, KL_WEIGHT = (32, 64, 64), 1500, 64
 # order of the poses, which the temporal layers learn last. It is decided in the noisiest steps, where the error of the
 # noise is least: dividing by sqrt(abar_t) in the last round makes the gradients there as large as in the middle.
 UNET_CHANNELS, HEAD, TEXT_WIDTH, TEXT_LAYERS = (48, 96), 16, 64, 2
-UNET_ROUNDS, NOISY_ROUNDS = (5500, 4000, 4000), (2,)  # steps of each round; which of them divide by sqrt(abar_t)
+UNET_ROUNDS, NOISY_ROUNDS = (5500, 4000, 2800), (2,)  # steps of each round; which of them divide by sqrt(abar_t)
 UNET_BATCH, UNET_RATE, WARM_UP, COOL_DOWN = 8, 1e-3, 200, 0.3
 EMA = 0.999  # of the weights that are shipped
 TEXT_DROPOUT = 0.1  # share of clips trained with the empty prompt, for classifier-free guidance
@@ -340,7 +340,7 @@ def main():
     parser.add_argument("--data-root", type=Path, default=ROOT / "data", help="folder that holds demo/ (data)")
     parser.add_argument("--work", type=Path, default=ROOT / "work" / "demo_training", help="where checkpoints go")
     parser.add_argument("--out", type=Path, default=SHIPPED, help="folder of the model (demo/models/t2v)")
-    parser.add_argument("--only", choices=("vae", "unet"), help="one part alone, without the figures")
+    parser.add_argument("--only", choices=("vae", "unet", "videomae"), help="one part alone, without the figures")
     parser.add_argument("--clip-tokenizer", help="folder of CLIP's tokenizer: trims it anew")
     parser.add_argument("--vae-steps", type=int, default=VAE_STEPS)
     parser.add_argument("--unet-steps", type=int, nargs="+", default=UNET_ROUNDS, help="steps of each round")
@@ -354,12 +354,16 @@ def main():
         trim_tokenizer(args.clip_tokenizer, prompts, args.out)
     elif not (args.out / "tokenizer").exists():
         shutil.copytree(SHIPPED / "tokenizer", args.out / "tokenizer")
-    clips = training_clips(args.data_root)
+    clips = training_clips(args.data_root) if args.only != "videomae" else []
     if args.only in (None, "vae"):
         train_vae(clips, args.work, args.out, device, args.vae_steps)
     if args.only in (None, "unet"):
         latents, labels = training_latents(clips, args.out, device)
         train_unet(latents, labels, prompts, args.work, args.out, device, args.unet_steps)
+    if args.only in (None, "videomae"):
+        words = ["--data-root", args.data_root, "--work", args.work, "--out", args.out.with_name("videomae")]
+        words += ["--threads", str(args.threads)]
+        subprocess.run([sys.executable, ROOT / "demo" / "train_teacher.py", *words], check=True)
     if args.only is None:
         measure = [ROOT / "demo" / "measure_models.py", "--data-root", args.data_root, "--model", args.out]
         subprocess.run([sys.executable, *measure], check=True)
