@@ -39,7 +39,6 @@ import math
 import os
 import statistics
 from pathlib import Path
-from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -62,7 +61,7 @@ PROTOCOLS = {
         "batch": 256, "max_batch": 256, "epochs": 501, "min_steps": 0, "rate": 0.01, "drop": 0.5025, "flip": 0.0,
         "sampling": "drawn", "frames": "in-order", "standardise": "batch", "restart": True,
     },
-    "demo": {"batch": 8, "max_batch": 64, "epochs": 60, "min_steps": 300, "rate": 0.01, "drop": 0.5, "flip": 0.5} | UNIFORM,
+    "demo": {"batch": 8, "max_batch": 64, "epochs": 60, "min_steps": 300, "rate": 0.005, "drop": 0.5, "flip": 0.5} | UNIFORM,
 }  # fmt: skip
 APART = ("table", "score", "plan")  # definitions that only show something
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
@@ -501,15 +500,12 @@ def train(clips, labels, num_classes, protocol, seed, repeat, dtype, checkpoint,
     net = build(kind, num_classes, clips.shape[2]).to(device)
     optimiser = torch.optim.SGD(net.parameters(), lr=protocol["rate"], momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     start = 0
-    try:
-        saved = torch.load(checkpoint, weights_only=True, map_location=device)
-        net.load_state_dict(saved["net"])
-        optimiser.load_state_dict(saved["optimiser"])
-        start = saved["epoch"]
-    except FileNotFoundError:
-        pass
-    except (OSError, EOFError, KeyError, RuntimeError, UnpicklingError) as error:
-        raise contract.ContractError(f"{checkpoint} is damaged\n  found: {error}\n  delete it: rm {checkpoint}") from None
+    if checkpoint.exists():
+        with contract.checkpoint(checkpoint):
+            saved = torch.load(checkpoint, weights_only=True, map_location=device)
+            net.load_state_dict(saved["net"])
+            optimiser.load_state_dict(saved["optimiser"])
+            start = saved["epoch"]
     bar = tqdm(range(start, epochs), desc=f"05 repeat {repeat}", initial=start, total=epochs, mininterval=1)
     mean_loss, drop = None, math.ceil(protocol["drop"] * epochs)
     for epoch in bar:

@@ -24,6 +24,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -233,6 +234,15 @@ def atomic(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def checkpoint(path):
+    """Around the reading of a checkpoint, a file of torch.save: one that is damaged is an error that says so."""
+    try:
+        yield
+    except (OSError, EOFError, KeyError, ValueError, RuntimeError, UnpicklingError) as error:
+        raise ContractError(f"{path} is damaged\n  found: {error}\n  delete it: rm {path}") from None
 
 
 def write_json(path, value):

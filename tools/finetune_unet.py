@@ -205,7 +205,7 @@ def train(network, weights, scheduler, clips, states, args, device, dtype, path)
     losses = []
     part = args.batch if device.type == "cpu" else args.micro_batch
     if path.exists():
-        try:
+        with contract.checkpoint(path):
             saved = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
             with torch.no_grad():
                 for name, p in weights.items():
@@ -213,8 +213,6 @@ def train(network, weights, scheduler, clips, states, args, device, dtype, path)
                     average[name].copy_(saved["average"][name])
             optimiser.load_state_dict(saved["optimiser"])
             losses = saved["losses"].tolist()
-        except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
-            raise contract.ContractError(f"{path} is damaged\n  found: {error}\n  delete it: rm {path}") from None
     bar = tqdm(range(len(losses), args.steps), desc="fine-tuning", initial=len(losses), total=args.steps, mininterval=1)
     for step in bar:
         rate = rate_at(step, args)

@@ -17,7 +17,6 @@ Differs: the paper does not say how its teacher was trained. HMDB51: all non-tes
 import math
 import sys
 from pathlib import Path
-from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -111,15 +110,12 @@ def train_whole(network, scale, arrays, clips, args, dtype, checkpoint):
     plain = [p for p in network.parameters() if p.ndim <= 1]
     groups = [dict(params=decayed, weight_decay=WEIGHT_DECAY), dict(params=plain, weight_decay=0.0)]
     optimiser, start = torch.optim.AdamW(groups, lr=RATE), 0
-    try:
-        saved = torch.load(checkpoint, weights_only=True, map_location=device)
-        network.load_state_dict(saved["network"])
-        optimiser.load_state_dict(saved["optimiser"])
-        start = saved["epoch"]
-    except FileNotFoundError:
-        pass
-    except (OSError, EOFError, KeyError, RuntimeError, UnpicklingError) as error:
-        raise contract.ContractError(f"{checkpoint} is damaged\n  found: {error}\n  delete it: rm {checkpoint}") from None
+    if checkpoint.exists():
+        with contract.checkpoint(checkpoint):
+            saved = torch.load(checkpoint, weights_only=True, map_location=device)
+            network.load_state_dict(saved["network"])
+            optimiser.load_state_dict(saved["optimiser"])
+            start = saved["epoch"]
     classes, steps = list(arrays), -(-len(clips) // BATCH)
     for epoch in range(start, args.epochs):
         generator = contract.generator(args.seed, "teacher", epoch)
