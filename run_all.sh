@@ -89,8 +89,7 @@ dataset="${dataset:-demo}" ipc="${ipc:-5}"
 case "$dataset" in demo|hmdb51|miniucf|ucf101) ;; *) fail "unknown data set $dataset" ;; esac
 [[ "$ipc" =~ ^[1-9][0-9]*$ ]] || fail "IPC must be a number of at least 1, not $ipc"
 [[ "$from" =~ ^[1-5]$ && "$to" =~ ^[1-5]$ ]] || fail "--from and --to are 1 to 5"
-paths=(--work-dir "$work_dir" --data-root "$data_root")
-shared+=("${paths[@]}")
+shared+=(--work-dir "$work_dir" --data-root "$data_root")
 
 if [ "$clean_old" = 1 ]; then
   [ -d "$work_dir/$dataset" ] || exit 0
@@ -190,5 +189,5 @@ fi
 if [ "$dataset" = demo ]; then
   run demo/contact_sheet.py "$ipc" --work-dir "$work_dir" "${model[@]}"
 fi
-run 05_train_eval.py "$dataset" "$ipc" --table "${paths[@]}"
+run 05_train_eval.py "$dataset" "$ipc" --table "${shared[@]}"
 echo "total: $((SECONDS / 60)) min $((SECONDS % 60)) s"

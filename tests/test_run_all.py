@@ -152,6 +152,11 @@ def test_options_of_05_reach_every_row_that_takes_them(commands, monkeypatch, da
                 assert args.repeats == (1 if alone else 5 if dataset != "demo" or "--repeats 5" in options else 3)
 
 
+def test_the_table_is_that_of_the_classes(commands):
+    line = commands("hmdb51", "2", "--quick", "--classes", "walk,wave", "--seed", "3")[-1].replace("\\", "")
+    assert line == "05_train_eval.py hmdb51 2 --table --classes walk,wave --seed 3"
+
+
 def test_soft_labels_of_the_short_run_keep_their_teacher(commands):
     lines = commands("demo", "5", "--quick", "--05", "--labels soft --teacher m --tau 2")
     rows = [line for line in lines if "--train-on" in line]
