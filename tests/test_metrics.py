@@ -545,6 +545,10 @@ def test_classifier_is_the_regression_s_minimum(num_classes):
 def test_fitted_videomae(place, videomae, tmp_path, monkeypatch):
     words = ["tools/train_teacher.py", "demo", "--work-dir", place.work, "--data-root", place.data, "--device", "cpu"]
     words += ["--classes", ",".join(CLASSES), "--backbone", videomae]
+    nowhere = [*words[:-1], tmp_path / "nowhere"]
+    code, text = run_tool(fitting.main, *nowhere, "--dry-run")
+    assert code == 0 and text.startswith("train its input is not there yet: 0 of 3 files of the teacher"), text
+    assert run_tool(fitting.main, *nowhere)[0] == 3
     code, text = run_tool(fitting.main, *words)
     assert code == 0 and "% of 10 training clips right" in text and "% of 4 test clips right" in text, text
     folder = place.work / "demo/05_networks/videomae"

@@ -171,7 +171,12 @@ def main():
     manifest = contract.read_folder(source, args, contract.command("01_encode_latents.py", args))
     arrays, clips = read_clips(args, manifest, "train")
     test = read_clips(args, manifest, "test")
-    backbone = common.videomae_folder(args)
+    try:
+        backbone = common.videomae_folder(args)
+    except contract.Missing:
+        if args.dry_run:
+            return contract.plan_after(args, "train", plan(args))
+        raise
     used = [name for c in args.classes for name in (f"train/{c}.npy", f"index/{c}.csv")]
     inputs = {"training clips": contract.content(manifest, used), "backbone": common.videomae_hash(backbone, args)}
     settings = {"classes": args.classes, "whole": args.whole, "epochs": args.epochs if args.whole else None}
