@@ -785,7 +785,9 @@ def main():
     wanted = [*repeats, "result.json"]
     keep, kept, kept_wanted = None, network_folder(args), ["network.safetensors", *feature_files(args)]
     if args.save:
-        keep, kept_identity = contract.begin(kept, copy.deepcopy(identity), kept_wanted, args, cost)
+        size_kept = 1e7 + 8e3 * args.spec["clips"][0]  # weights, features; its seconds are those of repeat 0
+        own_cost = ("files of its network", len(kept_wanted), 0, size_kept, cost[4])
+        keep, kept_identity = contract.begin(kept, copy.deepcopy(identity), kept_wanted, args, own_cost)
     todo, identity = contract.begin(folder, identity, wanted, args, cost, ["result.json"])
     if todo is None and keep is None:
         return
