@@ -63,7 +63,7 @@ PROTOCOLS = {
     },
     "demo": {"batch": 8, "max_batch": 64, "epochs": 60, "min_steps": 300, "rate": 0.005, "drop": 0.5, "flip": 0.5} | UNIFORM,
 }  # fmt: skip
-APART = ("table", "score", "plan")  # definitions that only show something
+APART = ("table", "score", "plan", "PAPER")  # definitions that only show something
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 REPEATS, REPEATS_REAL = 3, 5  # networks trained: on the demo, on the real data sets
 ALPHA, TAU = 0.5, 3.0  # eq. 11: weight of the teacher (lost in the paper's text), temperature (section 4.4.2)

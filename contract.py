@@ -41,6 +41,7 @@ class Missing(ContractError):
 
 COMMON = Path(__file__).resolve().with_name("common.py")
 SCHEMA = 1  # of manifest.json
+MOST_REASONS = 5  # that are said of a stale folder
 EARLIER = ".manifest.json"  # the manifest of a folder that is being extended or mended
 CONTRACT_VERSION = 1  # raise it when a change of this file changes the bytes of an artifact
 POLL = 0.2  # seconds between two looks at what another process makes
@@ -582,7 +583,9 @@ def settle(folder, identity, wanted, args):
         reasons = differences(old, identity, made)
         if not reasons:
             return folder, old, notes
-        texts = "; ".join(text for _, text in reasons)
+        shown = [text for kind, text in sorted(reasons, key=lambda reason: reason[0] == "code")]  # values first
+        more = f"; and {len(shown) - MOST_REASONS} more" if len(shown) > MOST_REASONS else ""
+        texts = "; ".join(shown[:MOST_REASONS]) + more
         if args.accept_code and all(kind == "code" for kind, _ in reasons):
             note(f"accepted: {texts}")
             identity["accepted code"] = [*old.get("accepted code", []), digest(old["code"])[:8]]
