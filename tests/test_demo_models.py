@@ -145,7 +145,7 @@ def test_samplers_are_compared_on_the_same_noise(monkeypatch, tmp_path):
 
 
 def test_fine_tuning_is_measured_before_and_after(monkeypatch, tmp_path):
-    parsed = commands_of(monkeypatch, "finetune_check", tmp_path, lambda name: {"names_before": 20.0}.get(name, 60.0))
+    parsed = commands_of(monkeypatch, "finetune_check", tmp_path, lambda name: {"captions_before": 20.0}.get(name, 60.0))
     before, after = parsed["03"]
     differ = {option for option in vars(before) if getattr(before, option) != getattr(after, option)}
     assert differ == {"name", "unet"} and before.unet is None and before.sampler == "naive"
