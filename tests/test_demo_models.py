@@ -1,13 +1,22 @@
-"""demo/train_models.py: a killed training goes on and ends with the same weights; demo/measure_models.py measures."""
+"""demo/train_models.py: a killed training goes on and ends with the same weights; demo/measure_models.py measures.
 
+And the commands of demo/compare_samplers.py and finetune_check.py, and what tools/collect_results.py copies.
+"""
+
+import hashlib
+import importlib.util
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import REPO
+
+import contract
 
 pytestmark = pytest.mark.skipif(not (REPO / "demo").is_dir(), reason="the demo world is not here")
 
@@ -86,3 +95,94 @@ def test_groups_do_not_cross_the_split(validation):
     train = set(groups) - set(test)
     assert (len(train), len(test)) == ((13, 5) if validation else (18, 7))
     assert not validation or not set(groups) & set(draw_videos.TEST_GROUPS)  # never the test clips
+
+
+def commands_of(monkeypatch, name, work, rates):
+    """Runs a script of demo/ whose stages only read their command line; a set of videos is recognised by rates(its name).
+
+    Returns {script: [its options]} in order.
+    """
+    monkeypatch.syspath_prepend(str(REPO / "demo"))
+    module, parsed = importlib.import_module(name), {}
+
+    def run(line, **_):
+        script = Path(line[1]).stem
+        spec = importlib.util.spec_from_file_location(script, REPO / line[1])
+        stage = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(stage)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", line[1:])
+            args = stage.parse_args()  # exits where an option is not the script's
+        parsed.setdefault(script[:2], []).append(args)
+        if getattr(args, "score", False):
+            videos = Path(args.train_on).name
+            folder = work / "demo" / "05_results" / f"ipc{args.ipc}" / f"{videos}-samples"
+            per_class = {c: rates(videos) for c in args.classes} | {"SitDown": 40.0, "StandUp": 50.0}
+            score = {"set": folder.name, "videos": 80, "top1": rates(videos), "per_class": per_class}
+            contract.write_json(folder / "score__minic3d__demo.json", score)
+        if script == "finetune_unet":
+            parameters = {"steps": args.steps, "batch": args.batch, "rate": args.rate}
+            contract.write_json(work / "demo" / "03_unet" / args.name / "identity.json", {"parameters": parameters})
+
+    monkeypatch.setattr(module.subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", [name, "--work-dir", str(work)])
+    module.main()
+    return parsed
+
+
+def test_samplers_are_compared_on_the_same_noise(monkeypatch, tmp_path):
+    parsed = commands_of(monkeypatch, "compare_samplers", tmp_path, lambda name: 80.0 + int(name[-1]))
+    prototypes = {args.name: (args.cluster, args.seed) for args in parsed["02"]}
+    runs = {(args.sampler, args.decay, args.seed): args for args in parsed["03"]}
+    assert len(runs) == 12 == len({args.name for args in parsed["03"]}) and {args.draws for args in parsed["03"]} == {2}
+    for (sampler, _, seed), args in runs.items():
+        assert args.name not in ("gvd", "naive", "knoise")  # the stage's own folders
+        cluster = {"gvd": "direct", "knoise": "dummy-video"}.get(sampler)
+        assert cluster is None or prototypes[args.prototypes] == (cluster, seed)
+    assert {args.seed for args in parsed["05"] + parsed["01"]} == {0} and parsed["05"][0].save
+    rows = (tmp_path / "demo" / "samplers.csv").read_text().splitlines()
+    assert rows[1] == "naive,80,81.00,1.00,80.00 81.00 82.00,45.00,0.00,45.00 45.00 45.00" and len(rows) == 5
+
+
+def test_fine_tuning_is_measured_before_and_after(monkeypatch, tmp_path):
+    parsed = commands_of(monkeypatch, "finetune_check", tmp_path, lambda name: {"captions_before": 20.0}.get(name, 60.0))
+    before, after = parsed["03"]
+    differ = {option for option in vars(before) if getattr(before, option) != getattr(after, option)}
+    assert differ == {"name", "unet"} and before.unet is None and before.sampler == "naive"
+    assert parsed["fi"][0].prompt_file == before.prompt_file and Path(after.unet).name == parsed["fi"][0].name
+    found = json.loads((tmp_path / "demo" / "finetune.json").read_text())
+    assert [found["samples recognised, %"][name]["all classes"] for name in ("before", "after")] == [20.0, 60.0]
+    assert found["fine-tuning"]["steps"] == 300 and str(tmp_path) not in json.dumps(found)
+
+
+def test_only_complete_results_are_collected(place, tmp_path, capsys, monkeypatch):
+    """Short of its protocol: left out. With the protocol's own epochs: copied. Unfinished: refused."""
+    spec = importlib.util.spec_from_file_location("collect_results", REPO / "tools" / "collect_results.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+
+    def collect(work):
+        words = ["collect_results.py", "demo", "--work-dir", work, "--results", tmp_path / "results"]
+        monkeypatch.setattr(sys, "argv", [*map(str, words)])
+        try:
+            contract.run(tool.main)
+        except SystemExit as stop:
+            return stop.code
+        return 0
+
+    assert collect(place.work) == 0
+    assert "left out demo/05_results/ipc2/gvd/minic3d__hard__demo: epochs 2, not 60" in capsys.readouterr().out
+    assert not (tmp_path / "results").exists()
+    folder = place.work / "demo" / "05_results" / "ipc2" / "gvd" / "minic3d__hard__demo"
+    result = json.loads((folder / "result.json").read_text())
+    contract.write_json(folder / "result.json", {**result, "complete": True, "deviations": []})
+    assert collect(place.work) == 3 and "result.json is damaged" in capsys.readouterr().err
+    manifest = json.loads((folder / "manifest.json").read_text())
+    data = (folder / "result.json").read_bytes()
+    manifest["outputs"]["result.json"] |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    body = {k: v for k, v in manifest.items() if k != "sha256"}
+    contract.write_json(folder / "manifest.json", {**body, "sha256": contract.digest(body)})
+    assert collect(place.work) == 0
+    assert (tmp_path / "results" / "demo_ipc2" / "gvd.json").read_bytes() == data
+    (folder / "manifest.json").unlink()
+    assert collect(place.work) == 3 and "an incomplete one" in capsys.readouterr().err

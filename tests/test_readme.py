@@ -19,16 +19,99 @@ def cell(result):
     return f"{result['top1']['mean']:.1f}{spread} ({result['top1']['n']})"
 
 
-@pytest.mark.parametrize("name", ["gvd", "random"])
-def test_table_agrees_with_the_results(name):
-    cells = []
-    for ipc in (5, 10):
-        folder = REPO / "results" / f"demo_ipc{ipc}"
-        result = json.loads((folder / f"{name}.json").read_text())
-        assert result["complete"] and result["top1"]["n"] == len(result["top1"]["values"]) >= 3
-        assert any(line.startswith(f"| {name} |") and cell(result) in line for line in (folder / "table.md").open())
-        cells += [cell(result), f"{result['bytes']:,}"]
-    assert f"| {name} | {cells[0]} | {cells[2]} | {cells[1]} | {cells[3]} |" in README.splitlines()
+def tables(text):
+    """The Markdown tables of a text: [[{column: cell}, ...]], the first column under the name ""."""
+    found = []
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.M):
+        header, _, *rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in block.splitlines()]
+        found.append([dict(zip(["", *header[1:]], row, strict=True)) | {"head": header[0]} for row in rows])
+    return found
+
+
+def name_of(result):
+    """How a row of a table names a result, and (tools/collect_results.py) how its file is called."""
+    soft, net = result["labels"] == "soft", "" if result["net"] == "minic3d" else result["net"]
+    shown = result["set"] + ", soft labels" * soft + f", {net}" * bool(net)
+    return shown, result["set"] + "_soft" * soft + f"_{net}" * bool(net)
+
+
+def sampler_rows(lines):
+    """{sampler: (recognised, of the order pair)} of samplers.csv as the README writes them."""
+    rows = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
+    return {
+        row["sampler"]: [f"{float(row[k + 'mean']):.1f} ± {float(row[k + 'std']):.1f}" for k in ("", "pair_")] for row in rows
+    }
+
+
+def wrong_cells(text, results):
+    """(cells of a README's tables about accuracies that no file of the results has as they stand, cells that one has).
+
+    A table of the demo's sets has columns "top-1 %, IPC 5 (n)" and "bytes, IPC 5"; "-" stands for what is not there yet.
+    A table whose first column is "sampler" has "recognised, %" and "order pair, %", one of "fine-tuning" "recognised, %".
+    """
+    expected = {}  # (head of the table, row, column): cell
+    for path in results.glob("demo_ipc*/*.json"):
+        result = json.loads(path.read_text())
+        ipc = path.parent.name.removeprefix("demo_ipc")
+        if "top1" in result:
+            row = ("demo", name_of(result)[0])
+            expected |= {(*row, f"top-1 %, IPC {ipc} (n)"): cell(result), (*row, f"bytes, IPC {ipc}"): f"{result['bytes']:,}"}
+    if (path := results / "demo_models" / "samplers.csv").exists():
+        for name, (every, pair) in sampler_rows(path.read_text().splitlines()).items():
+            expected |= {("sampler", name, "recognised, %"): every, ("sampler", name, "order pair, %"): pair}
+    if (path := results / "demo_models" / "finetune.json").exists():
+        for name, score in json.loads(path.read_text())["samples recognised, %"].items():
+            expected["fine-tuning", name, "recognised, %"] = f"{score['all classes']:.1f}"
+    wrong, right = [], []
+    for row in sum(tables(text), []):
+        for column in row.keys() - {"", "head"} if row["head"] in ("demo", "sampler", "fine-tuning") else ():
+            key = (row["head"], row[""], column)
+            (right if row[column] == expected.get(key, "-") else wrong).append((*key, row[column], expected.get(key)))
+    return sorted(wrong), [found for found in right if found[3] != "-"]
+
+
+def test_tables_agree_with_the_results():
+    wrong, right = wrong_cells(README, REPO / "results")
+    assert wrong == []
+    rows = {(name, column) for _, name, column, _, _ in right}
+    assert {(name, column) for name in ("gvd", "random") for column in ("top-1 %, IPC 5 (n)", "bytes, IPC 5")} <= rows
+
+
+def test_a_wrong_cell_is_found(tmp_path):
+    """In a small README: one that no file has, one that differs from its file, and what is not there yet."""
+    result = {"set": "gvd", "labels": "soft", "net": "cnn-gru", "bytes": 1234, "top1": {"mean": 41.26, "std": 1.0, "n": 3}}
+    for folder in ("demo_ipc5", "demo_models"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "demo_ipc5" / "gvd_soft_cnn-gru.json").write_text(json.dumps(result))
+    (tmp_path / "demo_models" / "samplers.csv").write_text(
+        "sampler,videos,mean,std,values,pair_mean,pair_std,pair_values\nnaive,80,90.04,1.26,90 91 90,60.00,5.00,55 60 65\n"
+    )
+    score = {"samples recognised, %": {"before": {"all classes": 18.75}}}
+    (tmp_path / "demo_models" / "finetune.json").write_text(json.dumps(score))
+    text = (
+        "| demo | top-1 %, IPC 5 (n) | bytes, IPC 5 | bytes, IPC 10 |\n| --- | --- | --- | --- |\n"
+        "| gvd, soft labels, cnn-gru | 41.3 ± 1.0 (3) | 1,234 | - |\n| random | - | 1,234 | - |\n\n"
+        "| sampler | recognised, % | order pair, % |\n| --- | --- | --- |\n| naive | 90.0 ± 1.3 | 60.0 ± 5.0 |\n\n"
+        "| fine-tuning | recognised, % |\n| --- | --- |\n| before | 18.8 |\n| after | - |\n"
+    )
+    wrong, right = wrong_cells(text, tmp_path)
+    assert wrong == [("demo", "random", "bytes, IPC 5", "1,234", None)] and len(right) == 5
+    for cell_, other in (("41.3", "41.2"), ("60.0", "61.0"), ("18.8", "18.7")):
+        wrong, _ = wrong_cells(text.replace(cell_, other), tmp_path)
+        assert len(wrong) == 2 and any(found.startswith(other) for *_, found, _ in wrong)
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "results").glob("*_ipc*/*.json")), ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_results_are_complete(path):
+    """Each is of its protocol, under its own name, and stands in the closing table of its folder."""
+    result = json.loads(path.read_text())
+    if "top1" not in result:
+        pytest.skip("no result of stage 05")
+    shown, file = name_of(result)
+    assert result["complete"] and not result["deviations"] and path.stem == file
+    assert result["top1"]["n"] == len(result["top1"]["values"]) >= (1 if result["set"] == "full" else 3)
+    rows = [row for row in (path.parent / "table.md").read_text("utf-8").splitlines() if row.startswith(f"| {result['set']}")]
+    assert any(cell(result) in row and result["net"] in row for row in rows), shown
 
 
 def test_figures_of_the_demo_world_agree_with_the_results():
