@@ -47,10 +47,9 @@ VAE_CHANNELS, VAE_STEPS, VAE_BATCH, VAE_RATE, KL_WEIGHT = (32, 64, 64), 1500, 64
 
 # U-Net and text encoder. AdamW; in each round the rate warms up, stays, and falls to zero over the last 30 % of its
 # steps. A round starts from the averaged weights of the one before: the first makes figures, the later ones teach the
-# order of the poses, which the temporal layers learn last. It is decided in the noisiest steps, where the error of the
-# noise is least: dividing by sqrt(abar_t) in the last round makes the gradients there as large as in the middle.
+# order of the poses, which the temporal layers learn last.
 UNET_CHANNELS, HEAD, TEXT_WIDTH, TEXT_LAYERS = (48, 96), 16, 64, 2
-UNET_ROUNDS, NOISY_ROUNDS = (5500, 4000, 2800), (2,)  # steps of each round; which of them divide by sqrt(abar_t)
+UNET_ROUNDS = (5500, 4000)  # steps of each round
 UNET_BATCH, UNET_RATE, WARM_UP, COOL_DOWN = 8, 1e-3, 200, 0.3
 EMA = 0.999  # of the weights that are shipped
 TEXT_DROPOUT = 0.1  # share of clips trained with the empty prompt, for classifier-free guidance
@@ -306,8 +305,7 @@ def train_unet(latents, labels, prompts, work, out, device, rounds):
             states = net["text_encoder"](ids).last_hidden_state[text]
             predicted = net["unet"](x, t.to(device), states).sample
         error = (predicted.float() - noise.to(device)).square().mean((1, 2, 3, 4))
-        weight = snr.clamp(max=SNR_CLIP) / snr * (alpha.rsqrt() if which in NOISY_ROUNDS else 1.0)
-        loss = (error * weight).mean()
+        loss = (error * snr.clamp(max=SNR_CLIP) / snr).mean()
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)

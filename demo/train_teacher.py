@@ -39,7 +39,7 @@ SHAPE = dict(
     image_size=48, patch_size=12, tubelet_size=2, num_frames=common.NUM_FRAMES, hidden_size=128, num_hidden_layers=5,
     num_attention_heads=4, intermediate_size=512, initializer_range=0.08,  # about 1 / sqrt(128), as 0.02 is of 768
 )  # fmt: skip
-STEPS, BATCH, RATE, WARM_UP, WEIGHT_DECAY = 2000, 32, 1e-3, 100, 0.05  # AdamW, cosine rate
+STEPS, BATCH, RATE, WARM_UP, WEIGHT_DECAY = 1200, 32, 1e-3, 100, 0.05  # AdamW, cosine rate
 LEAST_LENGTH = 0.8  # share of a clip that its 16 frames are spread over, at least
 SHIFT = 4  # pixels, at most, in both directions
 GAIN, LIFT = 0.4, 0.2  # contrast 1 +- GAIN and brightness +- LIFT of each colour
