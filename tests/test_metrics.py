@@ -485,7 +485,7 @@ def test_soft_labels_change_the_loss_alone(place, videomae):
 def test_soft_labels_of_real_clips_follow_the_repeat(place, videomae):
     code, text = place.run("05", *SOFT, "--teacher", videomae, "--train-on", "random")
     assert code == 0, text
-    stage, folder = load_stage("05"), place.work / "demo/05_labels/full/real__videomae"
+    stage, folder = load_stage("05"), place.work / f"demo/05_labels/full/real__{videomae.name}"
     network, scale = common.load_videomae(videomae, CPU)
     index = {row["name"]: int(row["row"]) for row in common.read_csv(place.work / "demo/01_clips/index.csv")}
     repeats, result = outcome(place, "random", "soft")
