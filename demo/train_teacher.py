@@ -10,8 +10,8 @@ Writes:  demo/models/videomae/{config.json,preprocessor_config.json,model.safete
          work/demo_training/videomae.pt   checkpoint: a killed run goes on from it and ends with the same weights
 Run:     python demo/train_teacher.py
          nice -n 19 python demo/train_teacher.py &     beside other work
-Cost:    about 8 minutes on two idle CPU cores (11 beside a training at nice 19), 1 GB of memory
-Expect:  it prints the accuracy on the 336 test clips, which is at least 90 %
+Cost:    about 6 minutes on two idle CPU cores, 1 GB of memory
+Expect:  it prints the accuracy on the 336 test clips: 98.8 % when the shipped weights were trained
 """
 
 import argparse
