@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 
-IPC, DRAWS = 5, 1  # of 8 classes: 40 videos for each sampler and seed
+IPC, DRAWS = 5, 2  # of 8 classes: 80 videos for each sampler and seed
 SEEDS = (0, 1, 2)
 PAIR = ("SitDown", "StandUp")  # the same poses in opposite order
 SAMPLERS = {  # name: (--cluster of stage 02, if it reads prototypes; options of stage 03)
