@@ -7,7 +7,8 @@ The validation split is made of training groups (demo/draw_videos.py --validatio
 groups 13 to 25, accuracies are those on groups 8 to 12.
 
 Reads:   the model: demo/models/t2v
-Writes:  work/validation/demo/..., as the stages do; results/demo_models/ has copies of its rates.csv and settings.csv
+Writes:  work/validation/demo/..., as the stages do; results/demo_models/settings.csv is a copy; of the
+         rates, random real clips alone were run in full: results/demo_models/validation_rate_*.json
 Run:     python demo/choose_settings.py
 Cost:    about 7 minutes per setting or rate on two CPU cores; a killed run goes on
 Expect:  what is chosen stands in 05_train_eval.py (PROTOCOLS) and 03_guided_sample.py (EDIT HERE)

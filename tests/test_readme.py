@@ -134,6 +134,13 @@ def test_figures_of_the_demo_world_agree_with_the_results():
     assert [row for row in rows if row not in README.splitlines()] == []
 
 
+def test_rates_agree_with_the_results():
+    for rate in ("0.01", "0.005"):
+        result = json.loads((REPO / "results" / "demo_models" / f"validation_rate_{rate}.json").read_text())
+        assert result["protocol"]["rate"] == float(rate) and result["set"].startswith("random")
+        assert f"{cell(result)} at {rate}" in README
+
+
 def test_settings_agree_with_the_results():
     lines = (REPO / "results" / "demo_models" / "settings.csv").read_text().splitlines()
     rows = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
