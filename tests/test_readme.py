@@ -145,8 +145,9 @@ def test_settings_agree_with_the_results():
     lines = (REPO / "results" / "demo_models" / "settings.csv").read_text().splitlines()
     rows = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
     for row in rows:
-        first = f"{row['guidance']} | {float(row['cfg']):g}" if row["cfg"] else "random real clips |"
-        assert f"| {first} | {float(row['top1_mean']):.1f} ± {float(row['top1_std']):.1f} |" in README.splitlines()
+        options = f"`{row['options']}`" if row["options"] else "defaults"
+        found = f"| {row['set']} | {options} | {float(row['top1_mean']):.1f} ± {float(row['top1_std']):.1f} |"
+        assert found in README.splitlines()
 
 
 def test_times_agree_with_the_results():

@@ -27,7 +27,6 @@ MEASURED = {  # of the demo: below the work folder -> below results/demo_models
     "demo/samplers.csv": "samplers.csv",
     "demo/finetune.json": "finetune.json",
     "validation/demo/settings.csv": "settings.csv",
-    "validation/demo/rates.csv": "rates.csv",
 }
 
 
