@@ -7,7 +7,7 @@ share. The encoded clips and the network are those of the work folder, made once
 Reads:   the demo's videos (demo/draw_videos.py), demo/models/t2v
 Writes:  work/demo/02_prototypes/ and 03_samples/, a folder for each sampler and seed; work/demo/samplers.csv
 Run:     python demo/compare_samplers.py
-Cost:    18 minutes on two CPU cores for 12 runs of 80 videos, and 14 for the scoring network where it is not
+Cost:    24 minutes on two CPU cores for 12 runs of 80 videos, and 14 for the scoring network where it is not
          there yet; a killed run goes on
 Expect:  the table in the README, of which results/demo_models/samplers.csv is the source; in the paper naive and knoise are
          below gvd

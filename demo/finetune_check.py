@@ -10,7 +10,7 @@ from "punch" by a hundredth of an embedding's norm, these captions by a third an
 Reads:   the demo's videos (demo/draw_videos.py), demo/models/t2v
 Writes:  work/demo/captions.json, 03_unet/captions/, 03_samples/ipc<K>/captions_{before,after}/, finetune.json
 Run:     python demo/finetune_check.py
-Cost:    8 minutes on two CPU cores, and 14 for the scoring network where it is not there yet; a killed run
+Cost:    10 minutes on two CPU cores, and 14 for the scoring network where it is not there yet; a killed run
          goes on
 Expect:  a higher share of recognised videos after: the README's table, from results/demo_models/finetune.json
 """
