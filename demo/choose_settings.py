@@ -6,7 +6,7 @@ groups 13 to 25, accuracies are those on groups 8 to 12.
 Reads:   the model: demo/models/t2v
 Writes:  work/validation/demo/..., as the stages do; settings.csv there, of which results/demo_models has a copy
 Run:     python demo/choose_settings.py
-Cost:    about 40 minutes on two CPU cores; a killed run goes on
+Cost:    about 30 minutes on two CPU cores; a killed run goes on
 Expect:  see README. The learning rate of 05's protocol `demo` was chosen on the same split, on random real clips:
          results/demo_models/validation_rate_*.json, by 05 --rate
 """
