@@ -10,7 +10,7 @@ Writes:  demo/models/t2v/{vae,text_encoder,unet,scheduler,tokenizer}; demo/model
 Run:     python demo/train_models.py                          everything, then demo/measure_models.py
          python demo/train_models.py --only vae               one part: vae, unet or videomae
          python demo/train_models.py --clip-tokenizer FOLDER  makes the trimmed tokenizer again, from CLIP's
-Cost:    on two CPU cores 10 minutes for the autoencoder and about 2 hours for the U-Net, 6 minutes for the
+Cost:    on two CPU cores 10 minutes for the autoencoder and about 3 hours for the U-Net, 6 minutes for the
          VideoMAE, then 30 minutes of measuring
 Expect:  the figures that demo/measure_models.py prints; other hardware, or another number of threads, other last bits
 """
@@ -24,6 +24,8 @@ import subprocess
 import sys
 import warnings
 from bisect import bisect_right
+from collections import Counter
+from itertools import permutations, product
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -47,10 +49,18 @@ TEXT_LENGTH = 24  # tokens; the longest demo prompt has 20
 VAE_CHANNELS, VAE_STEPS, VAE_BATCH, VAE_RATE, KL_WEIGHT = (32, 64, 64), 1500, 64, 2e-3, 1e-4
 
 # U-Net and text encoder. AdamW; in each round the rate warms up, stays, and falls to zero over the last 30 % of its
-# steps. A round starts from the averaged weights of the one before: the first makes figures, the later ones teach the
-# order of the poses, which the temporal layers learn last.
+# steps. A round starts from the averaged weights of the one before: the first two make figures and their movements. The
+# third round draws light and dark figures equally often in every class, in all colours, the order pair more often and half
+# of its clips backwards as the other class, so that colours tell nothing of a class; and noisier timesteps, at which the
+# order is decided. The fourth round also fades the clips out towards the noisiest step (see `faded`).
 UNET_CHANNELS, HEAD, TEXT_WIDTH, TEXT_LAYERS = (48, 96), 16, 64, 2
-UNET_ROUNDS = (5500, 4000)  # steps of each round
+UNET_ROUNDS = (5500, 4000, 4500, 2400)  # steps of each round
+BALANCED_FROM, FADED_FROM = 2, 3  # the first round that draws so, that fades the clips
+COLOUR_ORDERS = tuple(permutations(range(3)))  # as the clips are, then their channels in every other order
+BRIGHT = 200  # grey levels: brighter than any background
+PAIR, PAIR_WEIGHT = ("SitDown", "StandUp"), 2.0
+FADED_ABOVE = 600  # timestep
+NOISY = 0.7  # a timestep is 1000 u^NOISY, u uniform: half of them above 600
 UNET_BATCH, UNET_RATE, WARM_UP, COOL_DOWN = 8, 1e-3, 200, 0.3
 EMA = 0.999  # of the weights that are shipped
 TEXT_DROPOUT = 0.1  # share of clips trained with the empty prompt, for classifier-free guidance
@@ -196,16 +206,21 @@ def encode(vae, x, device, batch=256):
 
 
 def training_latents(clips, out, device):
-    """float32 [variants * n, 16, 4, 8, 8] scaled latents (two offsets, plain and mirrored), and class names."""
+    """float32 [variants * n, 16, 4, 8, 8] scaled latents (two offsets, plain and mirrored; so in each order of the
+    colours, the clips' own first), class names, and float64 [variants * n] weights: how often a balanced round draws each.
+    """
     vae = AutoencoderKL.from_pretrained(out / "vae", torch_dtype=torch.float32).to(device).eval()
     latents = []
-    for offset in LATENT_OFFSETS:
-        for mirrored in (False, True):
-            x = torch.stack([to_tensor(f[common.uniform_frames(len(f), offset)]) for _, f in clips])
-            x = x.flip(-1) if mirrored else x
-            z = encode(vae, x.flatten(0, 1), device) * vae.config.scaling_factor
-            latents.append(z.unflatten(0, x.shape[:2]))
-    return torch.cat(latents), [label for label, _ in clips] * len(latents)
+    for order, offset, mirrored in tqdm(list(product(COLOUR_ORDERS, LATENT_OFFSETS, (False, True))), desc="latents"):
+        x = torch.stack([to_tensor(f[common.uniform_frames(len(f), offset)]) for _, f in clips])
+        x = (x.flip(-1) if mirrored else x)[:, :, order]
+        z = encode(vae, x.flatten(0, 1), device) * vae.config.scaling_factor
+        latents.append(z.unflatten(0, x.shape[:2]))
+    kinds = [(label, bool(np.quantile(f.mean(-1), 0.99) > BRIGHT)) for label, f in clips]
+    counts = Counter(kinds)
+    weights = [(PAIR_WEIGHT if kind[0] in PAIR else 1.0) / counts[kind] for kind in kinds]
+    labels = [label for label, _ in clips]
+    return torch.cat(latents), labels * len(latents), torch.tensor(weights * len(latents), dtype=torch.float64)
 
 
 def temporal_convolution(self, x):
@@ -251,7 +266,24 @@ def make_optimiser(net):
     return torch.optim.AdamW(groups, lr=UNET_RATE, betas=(0.9, 0.99))
 
 
-def train_unet(latents, labels, prompts, work, out, device, rounds):
+def faded(alphas_cumprod):
+    """(fade, share), each float32 [1000]: what of a clip is in the noised clip, and what the U-Net is to find in it.
+
+    With ModelScope's betas a tenth of the clip is left at the noisiest step. In 8x8 latents that shows its colours and the
+    order of its poses, so a U-Net learns to read them there and not to choose them by the prompt; but sampling starts
+    from noise alone. Here the noised clip is x = a fade x0 + s noise, a = sqrt(abar), s = sqrt(1 - abar), where fade rises
+    smoothly from 0 at the noisiest step to 1 at FADED_ABOVE. DDIM's steps, which take x for a x0 + s noise, follow that
+    path if they are told x0' = share x0 and noise' = (x - a x0') / s, where share = fade + d fade / d log(a / s): both
+    move x equally far.
+    """
+    ratio = (alphas_cumprod.double() / (1 - alphas_cumprod.double())).log() / 2  # log(a / s)
+    width = ratio[FADED_ABOVE] - ratio[-1]
+    place = ((ratio - ratio[-1]) / width).clamp(max=1)
+    fade = place**2 * (3 - 2 * place)
+    return fade.float(), (fade + 6 * place * (1 - place) / width).float()
+
+
+def train_unet(latents, labels, weights, prompts, work, out, device, rounds):
     """Noise prediction (eq. 3) of the U-Net and, with it, the text encoder; writes the averaged weights."""
     settings = dict(rounds=list(rounds), batch=UNET_BATCH, rate=UNET_RATE, channels=list(UNET_CHANNELS), clips=len(latents))
     torch.manual_seed(SEED)
@@ -265,6 +297,7 @@ def train_unet(latents, labels, prompts, work, out, device, rounds):
             if isinstance(module, torch.nn.Conv3d) and module.kernel_size == (3, 1, 1):
                 module.forward = temporal_convolution.__get__(module)
     ema = {name: p.detach().clone() for name, p in net.named_parameters()}
+    fade, share = faded(scheduler.alphas_cumprod)
 
     classes = sorted(prompts)
     texts = [prompts[c] for c in classes] + [""]
@@ -292,20 +325,32 @@ def train_unet(latents, labels, prompts, work, out, device, rounds):
         for group in optimiser.param_groups:
             group["lr"] = rate
         generator = step_generator("unet", step)
-        chosen = torch.randint(len(latents), (UNET_BATCH,), generator=generator)
+        if which < BALANCED_FROM:
+            chosen = torch.randint(len(latents) // len(COLOUR_ORDERS), (UNET_BATCH,), generator=generator)
+        else:
+            chosen = torch.multinomial(weights, UNET_BATCH, replacement=True, generator=generator)
         dropped = torch.rand(UNET_BATCH, generator=generator) < TEXT_DROPOUT
-        text = torch.where(dropped, len(classes), label_ids[chosen]).to(device)
+        x0, text = latents[chosen], label_ids[chosen]
+        if which >= BALANCED_FROM:
+            for i in (torch.rand(UNET_BATCH, generator=generator) < 0.5).nonzero().flatten().tolist():
+                if labels[chosen[i]] in PAIR:
+                    x0[i], text[i] = x0[i].flip(0), classes.index(PAIR[1 - PAIR.index(labels[chosen[i]])])
+        text = torch.where(dropped, len(classes), text).to(device)
         spread = (torch.arange(UNET_BATCH) + torch.rand(UNET_BATCH, generator=generator)) / UNET_BATCH
+        spread = spread if which < BALANCED_FROM else spread**NOISY
         t = (spread * scheduler.config.num_train_timesteps).long()
-        x0 = latents[chosen].movedim(1, 2)  # [n, 4, 16, 8, 8], as the U-Net takes it
-        noise = torch.randn(x0.shape, generator=generator)
-        x = scheduler.add_noise(x0, noise, t).to(device)
-        alpha = scheduler.alphas_cumprod[t].to(device)
+        x0 = x0.movedim(1, 2)  # [n, 4, 16, 8, 8], as the U-Net takes it
+        target = noise = torch.randn(x0.shape, generator=generator)
+        alpha = scheduler.alphas_cumprod[t]
         snr = alpha / (1 - alpha)
+        if which >= FADED_FROM:
+            x0, missing = (part[t, None, None, None, None] * x0 for part in (fade, share - fade))
+            target = noise - snr.sqrt()[:, None, None, None, None] * missing
+        x, snr = scheduler.add_noise(x0, noise, t).to(device), snr.to(device)
         with torch.autocast(device.type, torch.bfloat16):
             states = net["text_encoder"](ids).last_hidden_state[text]
             predicted = net["unet"](x, t.to(device), states).sample
-        error = (predicted.float() - noise.to(device)).square().mean((1, 2, 3, 4))
+        error = (predicted.float() - target.to(device)).square().mean((1, 2, 3, 4))
         loss = (error * snr.clamp(max=SNR_CLIP) / snr).mean()
         optimiser.zero_grad()
         loss.backward()
@@ -357,8 +402,8 @@ def main():
     if args.only in (None, "vae"):
         train_vae(clips, args.work, args.out, device, args.vae_steps)
     if args.only in (None, "unet"):
-        latents, labels = training_latents(clips, args.out, device)
-        train_unet(latents, labels, prompts, args.work, args.out, device, args.unet_steps)
+        latents, labels, weights = training_latents(clips, args.out, device)
+        train_unet(latents, labels, weights, prompts, args.work, args.out, device, args.unet_steps)
     if args.only in (None, "videomae"):
         words = ["--data-root", args.data_root, "--work", args.work, "--out", args.out.with_name("videomae")]
         words += ["--threads", str(args.threads)]

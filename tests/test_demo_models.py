@@ -31,7 +31,7 @@ def step_generator(part, step):
         os.kill(os.getpid(), signal.SIGKILL)
     return draw(part, step)
 tm.step_generator = step_generator
-sys.argv[1:1] = ["--threads", "1", "--vae-steps", "5", "--unet-steps", "4", "4"]
+sys.argv[1:1] = ["--threads", "1", "--vae-steps", "5", "--unet-steps", "4", "4", "4", "4"]
 for part in ("vae", "unet"):  # without the figures, which take long
     words = list(sys.argv)
     sys.argv += ["--only", part]
@@ -53,9 +53,9 @@ def train(empty, folder, kill_at=""):
 
 
 def test_killed_training_ends_with_the_same_weights(empty, tmp_path):
-    """Killed between checkpoints in the autoencoder, and in the U-Net's second round after one checkpoint in it."""
+    """Killed between checkpoints in the autoencoder, and in the U-Net's later rounds."""
     assert train(empty, tmp_path / "whole").returncode == 0
-    for kill_at in ("vae:4", "unet:7"):
+    for kill_at in ("vae:4", "unet:7", "unet:11", "unet:15"):
         assert train(empty, tmp_path / "killed", kill_at).returncode == -9
     assert (tmp_path / "killed/checkpoints/unet.pt").exists() and not (tmp_path / "killed/t2v/unet").exists()
     last = train(empty, tmp_path / "killed")
@@ -186,3 +186,26 @@ def test_only_complete_results_are_collected(place, tmp_path, capsys, monkeypatc
     assert (tmp_path / "results" / "demo_ipc2" / "gvd.json").read_bytes() == data
     (folder / "manifest.json").unlink()
     assert collect(place.work) == 3 and "an incomplete one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("steps", [10, 25, 50])
+def test_sampling_follows_the_faded_path(steps):
+    """A U-Net that has learned its target exactly leads DDIM from noise to the clip, at any number of steps."""
+    sys.path.insert(0, str(REPO / "demo"))
+    import train_models
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(**train_models.BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    fade, share = train_models.faded(scheduler.alphas_cumprod)
+    assert fade[-1] == 0 and bool((fade[: train_models.FADED_ABOVE + 1] == 1).all()) and bool((fade.diff() <= 0).all())
+    scheduler.set_timesteps(steps)
+    clip, noise = torch.tensor([2.0, -1.0]), torch.tensor([0.5, 1.5])
+    first = scheduler.timesteps[0]
+    a, s = (part.sqrt() for part in (scheduler.alphas_cumprod, 1 - scheduler.alphas_cumprod))
+    x = a[first] * fade[first] * clip + s[first] * noise
+    for t in scheduler.timesteps:
+        target = noise - a[t] / s[t] * (share - fade)[t] * clip  # as train_unet has it, for x = a fade clip + s noise
+        assert torch.allclose(target, (a[t] * fade[t] * clip + s[t] * noise - a[t] * share[t] * clip) / s[t], atol=1e-5)
+        x = scheduler.step((x - a[t] * share[t] * clip) / s[t], t, x).prev_sample
+    a, s = a[0], s[0]
+    assert torch.allclose(x, a * clip + s * noise, atol=0.05)
