@@ -269,12 +269,12 @@ def make_optimiser(net):
 def faded(alphas_cumprod):
     """(fade, share), each float32 [1000]: what of a clip is in the noised clip, and what the U-Net is to find in it.
 
-    With ModelScope's betas seven per cent of the clip are left at the noisiest step. In 8x8 latents that shows its
-    colours and the order of its poses, so a U-Net learns to read them there and not to choose them by the prompt; but sampling starts
-    from noise alone. Here the noised clip is x = a fade x0 + s noise, a = sqrt(abar), s = sqrt(1 - abar), where fade rises
-    smoothly from 0 at the noisiest step to 1 at FADED_ABOVE. DDIM's steps, which take x for a x0 + s noise, follow that
-    path if they are told x0' = share x0 and noise' = (x - a x0') / s, where share = fade + d fade / d log(a / s): both
-    move x equally far.
+    With ModelScope's betas seven per cent of the clip are left at the noisiest step. In 8x8 latents that shows its colours
+    and the order of its poses, so a U-Net learns to read them there and not to choose them by the prompt; but sampling
+    starts from noise alone. Here the noised clip is x = a fade x0 + s noise, a = sqrt(abar), s = sqrt(1 - abar), where
+    fade rises smoothly from 0 at the noisiest step to 1 at FADED_ABOVE. DDIM's steps, which take x for a x0 + s noise,
+    follow that path if they are told x0' = share x0 and noise' = (x - a x0') / s, where share = fade + d fade / d log(a /
+    s): both move x equally far.
     """
     ratio = (alphas_cumprod.double() / (1 - alphas_cumprod.double())).log() / 2  # log(a / s)
     width = ratio[FADED_ABOVE] - ratio[-1]
