@@ -793,8 +793,6 @@ def main():
         return
 
     device, dtype = torch.device(identity["parameters"]["device"]), getattr(torch, identity["parameters"]["dtype"])
-    if device.type == "cpu":
-        common.keep_memory()
     train_clips, test_clips = (reorder(clips, args.knobs["frames"], args.seed) for clips in (load_clips(), test_clips))
     num_passes = next(iter(test_clips.values()))[1].shape[1]
     data = [tensors(test_clips, device, window=w, net=args.net) for w in range(num_passes)]

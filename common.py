@@ -5,9 +5,7 @@ folder of artifacts is identified, checked and written is in contract.py.
 """
 
 import argparse
-import contextlib
 import csv
-import ctypes
 import io
 import re
 from pathlib import Path
@@ -376,17 +374,6 @@ def embed(folder, prompts, device):
         with torch.inference_mode():
             embeddings[prompt] = encoder(ids).last_hidden_state
     return embeddings
-
-
-def keep_memory():
-    """Tells glibc to keep freed memory: else the system takes back and zeroes a forward's large arrays, layer by layer.
-
-    On two CPU cores 1.1 times as fast at the demo's size; where there is no glibc, nothing changes.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: only larger arrays are mapped by themselves
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap is never trimmed
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -39,6 +39,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from measure_models import PAIR  # noqa: E402
+
 import common  # noqa: E402
 
 SHIPPED = ROOT / "demo" / "models" / "t2v"
@@ -58,7 +60,7 @@ UNET_ROUNDS = (5500, 4000, 4500, 2400)  # steps of each round
 BALANCED_FROM, FADED_FROM = 2, 3  # the first round that draws so, that fades the clips
 COLOUR_ORDERS = tuple(permutations(range(3)))  # as the clips are, then their channels in every other order
 BRIGHT = 200  # grey levels: brighter than any background
-PAIR, PAIR_WEIGHT = ("SitDown", "StandUp"), 2.0
+PAIR_WEIGHT = 2.0  # how much oftener
 FADED_ABOVE = 600  # timestep
 NOISY = 0.7  # a timestep is 1000 u^NOISY, u uniform: half of them above 600
 UNET_BATCH, UNET_RATE, WARM_UP, COOL_DOWN = 8, 1e-3, 200, 0.3
@@ -283,6 +285,24 @@ def faded(alphas_cumprod):
     return fade.float(), (fade + 6 * place * (1 - place) / width).float()
 
 
+def draw_batch(latents, labels, weights, pair, balanced, generator):
+    """Clips [n, 4, 16, 8, 8] as the U-Net takes them, the numbers of their classes (-1: without text), timesteps in 0 to 1.
+
+    A round that is not balanced draws from the clips in their own colours alone. pair: the numbers of PAIR.
+    """
+    if balanced:
+        chosen = torch.multinomial(weights, UNET_BATCH, replacement=True, generator=generator)
+    else:
+        chosen = torch.randint(len(latents) // len(COLOUR_ORDERS), (UNET_BATCH,), generator=generator)
+    dropped = torch.rand(UNET_BATCH, generator=generator) < TEXT_DROPOUT
+    x0, text = latents[chosen], labels[chosen]
+    if balanced:
+        backwards = (torch.rand(UNET_BATCH, generator=generator) < 0.5) & torch.isin(text, torch.tensor(pair))
+        x0[backwards], text[backwards] = x0[backwards].flip(1), sum(pair) - text[backwards]
+    spread = (torch.arange(UNET_BATCH) + torch.rand(UNET_BATCH, generator=generator)) / UNET_BATCH
+    return x0.movedim(1, 2), torch.where(dropped, -1, text), spread**NOISY if balanced else spread
+
+
 def train_unet(latents, labels, weights, prompts, work, out, device, rounds):
     """Noise prediction (eq. 3) of the U-Net and, with it, the text encoder; writes the averaged weights."""
     settings = dict(rounds=list(rounds), batch=UNET_BATCH, rate=UNET_RATE, channels=list(UNET_CHANNELS), clips=len(latents))
@@ -304,6 +324,7 @@ def train_unet(latents, labels, weights, prompts, work, out, device, rounds):
     padded = dict(padding="max_length", truncation=True, max_length=TEXT_LENGTH, return_tensors="pt")
     ids = tokenizer(texts, **padded).input_ids.to(device)
     label_ids = torch.tensor([classes.index(label) for label in labels])
+    pair = [classes.index(label) for label in PAIR]
 
     start, path, steps = 0, work / "unet.pt", sum(rounds)
     starts = [sum(rounds[:i]) for i in range(len(rounds))]
@@ -325,21 +346,9 @@ def train_unet(latents, labels, weights, prompts, work, out, device, rounds):
         for group in optimiser.param_groups:
             group["lr"] = rate
         generator = step_generator("unet", step)
-        if which < BALANCED_FROM:
-            chosen = torch.randint(len(latents) // len(COLOUR_ORDERS), (UNET_BATCH,), generator=generator)
-        else:
-            chosen = torch.multinomial(weights, UNET_BATCH, replacement=True, generator=generator)
-        dropped = torch.rand(UNET_BATCH, generator=generator) < TEXT_DROPOUT
-        x0, text = latents[chosen], label_ids[chosen]
-        if which >= BALANCED_FROM:
-            for i in (torch.rand(UNET_BATCH, generator=generator) < 0.5).nonzero().flatten().tolist():
-                if labels[chosen[i]] in PAIR:
-                    x0[i], text[i] = x0[i].flip(0), classes.index(PAIR[1 - PAIR.index(labels[chosen[i]])])
-        text = torch.where(dropped, len(classes), text).to(device)
-        spread = (torch.arange(UNET_BATCH) + torch.rand(UNET_BATCH, generator=generator)) / UNET_BATCH
-        spread = spread if which < BALANCED_FROM else spread**NOISY
+        x0, text, spread = draw_batch(latents, label_ids, weights, pair, which >= BALANCED_FROM, generator)
+        text = torch.where(text < 0, len(classes), text).to(device)
         t = (spread * scheduler.config.num_train_timesteps).long()
-        x0 = x0.movedim(1, 2)  # [n, 4, 16, 8, 8], as the U-Net takes it
         target = noise = torch.randn(x0.shape, generator=generator)
         alpha = scheduler.alphas_cumprod[t]
         snr = alpha / (1 - alpha)
