@@ -10,7 +10,7 @@ Writes:  demo/models/t2v/{vae,text_encoder,unet,scheduler,tokenizer}; demo/model
 Run:     python demo/train_models.py                          everything, then demo/measure_models.py
          python demo/train_models.py --only vae               one part: vae, unet or videomae
          python demo/train_models.py --clip-tokenizer FOLDER  makes the trimmed tokenizer again, from CLIP's
-Cost:    on two CPU cores 10 minutes for the autoencoder and about 3 hours for the U-Net, 6 minutes for the
+Cost:    on two CPU cores 10 minutes for the autoencoder and about 3.5 hours for the U-Net, 6 minutes for the
          VideoMAE, then 30 minutes of measuring
 Expect:  the figures that demo/measure_models.py prints; other hardware, or another number of threads, other last bits
 """
@@ -51,19 +51,28 @@ TEXT_LENGTH = 24  # tokens; the longest demo prompt has 20
 VAE_CHANNELS, VAE_STEPS, VAE_BATCH, VAE_RATE, KL_WEIGHT = (32, 64, 64), 1500, 64, 2e-3, 1e-4
 
 # U-Net and text encoder. AdamW; in each round the rate warms up, stays, and falls to zero over the last 30 % of its
-# steps. A round starts from the averaged weights of the one before: the first two make figures and their movements. The
-# third round draws light and dark figures equally often in every class, in all colours, the order pair more often and half
-# of its clips backwards as the other class, so that colours tell nothing of a class; and noisier timesteps, at which the
-# order is decided. The fourth round also fades the clips out towards the noisiest step (see `faded`).
+# steps. A round starts from the averaged weights of the one before. The first two make figures and their movements. The third
+# draws light and dark figures equally often in every class, in all colours, the order pair more often and half of its clips
+# backwards as the other class, so that colours tell nothing of a class; and noisier timesteps, at which the order is decided.
+# The fourth also fades the clips out towards the noisiest step (see `faded`). Until here the two sentences of the pair make no
+# difference to the U-Net. The fifth round teaches it that difference on the light figures of the pair alone, the sixth on all
+# of its clips, both where the order is decided and fastest in the weights that see the text; the seventh returns to all
+# classes. These three learn from `expected_clips` instead of the one clip that was noised, and count an error by its size in
+# the clip: by its size in the noise, and beside the chance of which clip it was, what a sentence says of the order is too
+# little to be learnt.
 UNET_CHANNELS, HEAD, TEXT_WIDTH, TEXT_LAYERS = (48, 96), 16, 64, 2
-UNET_ROUNDS = (5500, 4000, 4500, 2400)  # steps of each round
-BALANCED_FROM, FADED_FROM = 2, 3  # the first round that draws so, that fades the clips
+UNET_ROUNDS = (5500, 4000, 4500, 2400, 320, 240, 700)  # steps of each round
+BALANCED_FROM, FADED_FROM, EXPECTED_FROM = 2, 3, 4  # the first round that draws so, fades the clips, learns from ...
+LIGHT_ROUND, PAIR_ROUNDS = 4, (4, 5)  # of light figures, of the pair alone
 COLOUR_ORDERS = tuple(permutations(range(3)))  # as the clips are, then their channels in every other order
 BRIGHT = 200  # grey levels: brighter than any background
-PAIR_WEIGHT = 2.0  # how much oftener
+PAIR_WEIGHT, LAST_PAIR_WEIGHT = 2.0, 4.0  # how much oftener than another class, in the seventh round
 FADED_ABOVE = 600  # timestep
-NOISY = 0.7  # a timestep is 1000 u^NOISY, u uniform: half of them above 600
+NOISY, LAST_NOISY = 0.7, 0.4  # a timestep is 1000 u^NOISY, u uniform: half of them above 600; in the seventh round 750
+PAIR_TIMESTEPS = (0.80, 0.97)  # of 1000, in the rounds of the pair
 UNET_BATCH, UNET_RATE, WARM_UP, COOL_DOWN = 8, 1e-3, 200, 0.3
+LEAST_SHARE = 0.3  # the noisiest step counts as one of this share does (see `faded`)
+LAST_RATE, LAST_TEXT_RATE = 3e-4, 3e-3  # from the fifth round on: of all weights, of those that see the text
 EMA = 0.999  # of the weights that are shipped
 TEXT_DROPOUT = 0.1  # share of clips trained with the empty prompt, for classifier-free guidance
 SNR_CLIP = 5.0  # loss weight min(SNR, 5) / SNR: the least noisy steps teach the least per clip
@@ -209,7 +218,8 @@ def encode(vae, x, device, batch=256):
 
 def training_latents(clips, out, device):
     """float32 [variants * n, 16, 4, 8, 8] scaled latents (two offsets, plain and mirrored; so in each order of the
-    colours, the clips' own first), class names, and float64 [variants * n] weights: how often a balanced round draws each.
+    colours, the clips' own first), class names, bool [variants * n] whether a figure is light, and float64 [variants * n]
+    weights: how often a balanced round draws each.
     """
     vae = AutoencoderKL.from_pretrained(out / "vae", torch_dtype=torch.float32).to(device).eval()
     latents = []
@@ -222,7 +232,8 @@ def training_latents(clips, out, device):
     counts = Counter(kinds)
     weights = [(PAIR_WEIGHT if kind[0] in PAIR else 1.0) / counts[kind] for kind in kinds]
     labels = [label for label, _ in clips]
-    return torch.cat(latents), labels * len(latents), torch.tensor(weights * len(latents), dtype=torch.float64)
+    light, weights = torch.tensor([bright for _, bright in kinds]), torch.tensor(weights, dtype=torch.float64)
+    return torch.cat(latents), labels * len(latents), light.repeat(len(latents)), weights.repeat(len(latents))
 
 
 def temporal_convolution(self, x):
@@ -262,9 +273,11 @@ def make_text_encoder(tokenizer):
 
 
 def make_optimiser(net):
-    decayed = [p for p in net.parameters() if p.ndim > 1]
-    plain = [p for p in net.parameters() if p.ndim <= 1]
-    groups = [dict(params=decayed, weight_decay=1e-2), dict(params=plain, weight_decay=0.0)]
+    """AdamW of four groups: matrices, which decay, and vectors; those that see the text (`sees_text`) and the others."""
+    groups = [dict(params=[], weight_decay=decay, sees_text=text) for decay in (1e-2, 0.0) for text in (False, True)]
+    for name, p in net.named_parameters():
+        text = name.startswith("text_encoder.") or ".attn2." in name
+        groups[2 * (p.ndim <= 1) + text]["params"].append(p)
     return torch.optim.AdamW(groups, lr=UNET_RATE, betas=(0.9, 0.99))
 
 
@@ -285,25 +298,73 @@ def faded(alphas_cumprod):
     return fade.float(), (fade + 6 * place * (1 - place) / width).float()
 
 
-def draw_batch(latents, labels, weights, pair, balanced, generator):
-    """Clips [n, 4, 16, 8, 8] as the U-Net takes them, the numbers of their classes (-1: without text), timesteps in 0 to 1.
+def clips_of_round(latents, labels, light, weights, pair, which):
+    """(latents, labels, weights) that a round draws from. pair: the numbers of PAIR.
 
-    A round that is not balanced draws from the clips in their own colours alone. pair: the numbers of PAIR.
+    From the fifth round on each clip of the pair is there in both orders, and they are sorted by class.
     """
-    if balanced:
-        chosen = torch.multinomial(weights, UNET_BATCH, replacement=True, generator=generator)
+    if which < EXPECTED_FROM:
+        return latents, labels, weights
+    of_pair = torch.isin(labels, torch.tensor(pair))
+    forwards = of_pair if which in PAIR_ROUNDS else torch.ones_like(of_pair)
+    if which == LIGHT_ROUND:  # in their own colours
+        forwards = forwards & light & (torch.arange(len(latents)) < len(latents) // len(COLOUR_ORDERS))
+    weights = torch.where(of_pair, weights * LAST_PAIR_WEIGHT / PAIR_WEIGHT / 2, weights)
+    backwards = forwards & of_pair
+    both = torch.cat([labels[forwards], sum(pair) - labels[backwards]])
+    order = both.argsort(stable=True)
+    latents = torch.cat([latents[forwards], latents[backwards].flip(1)])[order]
+    return latents, both[order], torch.cat([weights[forwards], weights[backwards]])[order]
+
+
+def draw_batch(latents, labels, weights, pair, which, generator):
+    """What a step of round `which` learns from: clips [n, 4, 16, 8, 8] as the U-Net takes them, the numbers of their classes
+    (-1: without text), timesteps in 0 to 1, noise.
+
+    A round that is not balanced draws from the clips in their own colours alone. In the rounds of the pair each clip comes
+    in both orders, with its text each, at one timestep with one noise. pair: the numbers of PAIR.
+    """
+    n = UNET_BATCH // 2 if which in PAIR_ROUNDS else UNET_BATCH
+    if which >= BALANCED_FROM:
+        chosen = torch.multinomial(weights, n, replacement=True, generator=generator)
     else:
-        chosen = torch.randint(len(latents) // len(COLOUR_ORDERS), (UNET_BATCH,), generator=generator)
-    dropped = torch.rand(UNET_BATCH, generator=generator) < TEXT_DROPOUT
+        chosen = torch.randint(len(latents) // len(COLOUR_ORDERS), (n,), generator=generator)
+    dropped = torch.rand(n, generator=generator) < TEXT_DROPOUT
     x0, text = latents[chosen], labels[chosen]
-    if balanced:
-        backwards = (torch.rand(UNET_BATCH, generator=generator) < 0.5) & torch.isin(text, torch.tensor(pair))
+    if BALANCED_FROM <= which < EXPECTED_FROM:  # later they are among the clips
+        backwards = (torch.rand(n, generator=generator) < 0.5) & torch.isin(text, torch.tensor(pair))
         x0[backwards], text[backwards] = x0[backwards].flip(1), sum(pair) - text[backwards]
-    spread = (torch.arange(UNET_BATCH) + torch.rand(UNET_BATCH, generator=generator)) / UNET_BATCH
-    return x0.movedim(1, 2), torch.where(dropped, -1, text), spread**NOISY if balanced else spread
+    spread = (torch.arange(n) + torch.rand(n, generator=generator)) / n
+    noise = torch.randn(x0.movedim(1, 2).shape, generator=generator)
+    if which in PAIR_ROUNDS:
+        spread = PAIR_TIMESTEPS[0] + (PAIR_TIMESTEPS[1] - PAIR_TIMESTEPS[0]) * spread
+        both = torch.cat([x0, x0.flip(1)]).movedim(1, 2)
+        return both, torch.cat([text, sum(pair) - text]), spread.repeat(2), noise.repeat(2, 1, 1, 1, 1)
+    if which >= BALANCED_FROM:
+        spread = spread ** (LAST_NOISY if which >= EXPECTED_FROM else NOISY)
+    return x0.movedim(1, 2), torch.where(dropped, -1, text), spread, noise
 
 
-def train_unet(latents, labels, weights, prompts, work, out, device, rounds):
+def expected_clips(x, signal, noise, text, latents, squares, labels, weights):
+    """E[x0 | x, text] over the training clips, each with its weight: what a U-Net of no error would see in x.
+
+    Standard training leads to the same U-Net, since x0 varies about its expectation; without that variation the gradients
+    are far less noisy. x [n, 4, 16, 8, 8] = signal x0 + noise standard normal; text: the classes, -1 for any.
+    latents [m, 16, 4, 8, 8] and the sums of their squares, labels (sorted) and weights [m].
+    """
+    expected = torch.empty_like(x)
+    for label in text.unique():
+        mine, those = text == label, slice(None)
+        if label >= 0:
+            those = slice(torch.searchsorted(labels, label), torch.searchsorted(labels, label, right=True))
+        clips, a, s = latents[those].flatten(1), signal[mine, None], noise[mine, None]
+        likelihood = (a * x[mine].movedim(1, 2).flatten(1) @ clips.T - a * a * squares[those] / 2) / s**2
+        chance = (likelihood + weights[those].log().float()).softmax(1)
+        expected[mine] = (chance @ clips).unflatten(1, latents.shape[1:]).movedim(1, 2)
+    return expected
+
+
+def train_unet(latents, labels, light, weights, prompts, work, out, device, rounds):
     """Noise prediction (eq. 3) of the U-Net and, with it, the text encoder; writes the averaged weights."""
     settings = dict(rounds=list(rounds), batch=UNET_BATCH, rate=UNET_RATE, channels=list(UNET_CHANNELS), clips=len(latents))
     torch.manual_seed(SEED)
@@ -318,12 +379,13 @@ def train_unet(latents, labels, weights, prompts, work, out, device, rounds):
                 module.forward = temporal_convolution.__get__(module)
     ema = {name: p.detach().clone() for name, p in net.named_parameters()}
     fade, share = faded(scheduler.alphas_cumprod)
+    ratio = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)  # SNR
 
     classes = sorted(prompts)
     texts = [prompts[c] for c in classes] + [""]
     padded = dict(padding="max_length", truncation=True, max_length=TEXT_LENGTH, return_tensors="pt")
     ids = tokenizer(texts, **padded).input_ids.to(device)
-    label_ids = torch.tensor([classes.index(label) for label in labels])
+    labels = torch.tensor([classes.index(label) for label in labels])
     pair = [classes.index(label) for label in PAIR]
 
     start, path, steps = 0, work / "unet.pt", sum(rounds)
@@ -334,33 +396,38 @@ def train_unet(latents, labels, weights, prompts, work, out, device, rounds):
         start, ema = saved["step"], {n: p.to(device) for n, p in saved["ema"].items()}
         net.load_state_dict(saved["net"])
         optimiser.load_state_dict(saved["optimiser"])
-    bar, average = tqdm(range(start, steps), desc="unet", initial=start, total=steps, mininterval=5), None
+    bar, average, which = tqdm(range(start, steps), desc="unet", initial=start, total=steps, mininterval=5), None, None
     for step in bar:
         if step in starts[1:]:
             ema = {name: p.half().float() for name, p in ema.items()}  # as they would be shipped
             net.load_state_dict(ema, strict=False)
             optimiser = make_optimiser(net)
-        which = bisect_right(starts, step) - 1
+        if which != bisect_right(starts, step) - 1:
+            which = bisect_right(starts, step) - 1
+            clips = clips_of_round(latents, labels, light, weights, pair, which)
+            squares = clips[0].flatten(1).square().sum(1)
         done, length = step - starts[which], rounds[which]
-        rate = UNET_RATE * min(1.0, (done + 1) / WARM_UP, (length - done) / (COOL_DOWN * length))
+        factor = min(1.0, (done + 1) / min(WARM_UP, length / 8), (length - done) / (COOL_DOWN * length))
         for group in optimiser.param_groups:
-            group["lr"] = rate
+            rates = (LAST_RATE, LAST_TEXT_RATE) if which >= EXPECTED_FROM else (UNET_RATE, UNET_RATE)
+            group["lr"] = factor * rates[group["sees_text"]]
         generator = step_generator("unet", step)
-        x0, text, spread = draw_batch(latents, label_ids, weights, pair, which >= BALANCED_FROM, generator)
-        text = torch.where(text < 0, len(classes), text).to(device)
+        x0, text, spread, target = draw_batch(*clips, pair, which, generator)
         t = (spread * scheduler.config.num_train_timesteps).long()
-        target = noise = torch.randn(x0.shape, generator=generator)
-        alpha = scheduler.alphas_cumprod[t]
-        snr = alpha / (1 - alpha)
+        x = scheduler.add_noise(x0 if which < FADED_FROM else fade[t, None, None, None, None] * x0, target, t)
+        weight = ratio[t].clamp(max=SNR_CLIP) / ratio[t]
         if which >= FADED_FROM:
-            x0, missing = (part[t, None, None, None, None] * x0 for part in (fade, share - fade))
-            target = noise - snr.sqrt()[:, None, None, None, None] * missing
-        x, snr = scheduler.add_noise(x0, noise, t).to(device), snr.to(device)
+            a, s = scheduler.alphas_cumprod[t].sqrt(), (1 - scheduler.alphas_cumprod[t]).sqrt()
+            if which >= EXPECTED_FROM:
+                x0 = expected_clips(x, a * fade[t], s, text, clips[0], squares, *clips[1:])
+                weight = weight * (ratio[FADED_ABOVE] / ratio[t]).clamp(min=1) / share[t].clamp(LEAST_SHARE, 1) ** 2
+            target = (x - (a * share[t])[:, None, None, None, None] * x0) / s[:, None, None, None, None]
+        x, text = x.to(device), torch.where(text < 0, len(classes), text).to(device)
         with torch.autocast(device.type, torch.bfloat16):
             states = net["text_encoder"](ids).last_hidden_state[text]
             predicted = net["unet"](x, t.to(device), states).sample
         error = (predicted.float() - target.to(device)).square().mean((1, 2, 3, 4))
-        loss = (error * snr.clamp(max=SNR_CLIP) / snr).mean()
+        loss = (error * weight.to(device)).mean()
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -411,8 +478,7 @@ def main():
     if args.only in (None, "vae"):
         train_vae(clips, args.work, args.out, device, args.vae_steps)
     if args.only in (None, "unet"):
-        latents, labels, weights = training_latents(clips, args.out, device)
-        train_unet(latents, labels, weights, prompts, args.work, args.out, device, args.unet_steps)
+        train_unet(*training_latents(clips, args.out, device), prompts, args.work, args.out, device, args.unet_steps)
     if args.only in (None, "videomae"):
         words = ["--data-root", args.data_root, "--work", args.work, "--out", args.out.with_name("videomae")]
         words += ["--threads", str(args.threads)]

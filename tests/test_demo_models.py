@@ -6,6 +6,7 @@ And the commands of demo/compare_samplers.py and finetune_check.py, and what too
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -25,13 +26,14 @@ import os, signal, sys
 sys.path.insert(0, "demo")
 import train_models as tm
 tm.VAE_CHANNELS, tm.UNET_CHANNELS, tm.VAE_BATCH, tm.UNET_BATCH, tm.CHECKPOINT_EVERY = (8, 8, 8), (16, 16), 4, 2, 3
+tm.PAIR, tm.BRIGHT = ("Walk", "Wave"), 0  # the classes of the tests' world; all of its figures count as light
 draw = tm.step_generator
 def step_generator(part, step):
     if f"{part}:{step}" == os.environ.get("KILL_AT"):
         os.kill(os.getpid(), signal.SIGKILL)
     return draw(part, step)
 tm.step_generator = step_generator
-sys.argv[1:1] = ["--threads", "1", "--vae-steps", "5", "--unet-steps", "4", "4", "4", "4"]
+sys.argv[1:1] = ["--threads", "1", "--vae-steps", "5", "--unet-steps", "4", "4", "4", "4", "4", "4", "4"]
 for part in ("vae", "unet"):  # without the figures, which take long
     words = list(sys.argv)
     sys.argv += ["--only", part]
@@ -55,7 +57,7 @@ def train(empty, folder, kill_at=""):
 def test_killed_training_ends_with_the_same_weights(empty, tmp_path):
     """Killed between checkpoints in the autoencoder, and in the U-Net's later rounds."""
     assert train(empty, tmp_path / "whole").returncode == 0
-    for kill_at in ("vae:4", "unet:7", "unet:11", "unet:15"):
+    for kill_at in ("vae:4", "unet:7", "unet:11", "unet:15", "unet:19", "unet:23", "unet:27"):
         assert train(empty, tmp_path / "killed", kill_at).returncode == -9
     assert (tmp_path / "killed/checkpoints/unet.pt").exists() and not (tmp_path / "killed/t2v/unet").exists()
     last = train(empty, tmp_path / "killed")
@@ -186,6 +188,64 @@ def test_only_complete_results_are_collected(place, tmp_path, capsys, monkeypatc
     assert (tmp_path / "results" / "demo_ipc2" / "gvd.json").read_bytes() == data
     (folder / "manifest.json").unlink()
     assert collect(place.work) == 3 and "an incomplete one" in capsys.readouterr().err
+
+
+def test_expected_clips():
+    """Against Bayes' rule in plain loops; where hardly any noise is left, the clip itself."""
+    sys.path.insert(0, str(REPO / "demo"))
+    import train_models
+
+    generator = torch.Generator().manual_seed(0)
+    latents, labels = torch.randn(6, 2, 4, 1, 1, generator=generator), torch.tensor([0, 0, 0, 1, 1, 1])
+    weights = torch.tensor([1.0, 2.0, 3.0, 1.0, 1.0, 1.0], dtype=torch.float64)
+    signal, noise, text = torch.tensor([0.3, 0.5, 0.2, 1.0]), torch.tensor([0.9, 0.8, 0.7, 1e-2]), torch.tensor([0, 1, -1, 1])
+    x = signal[:, None, None, None, None] * latents[[1, 4, 2, 5]].movedim(1, 2)
+    x = x + noise[:, None, None, None, None] * torch.randn(x.shape, generator=generator)
+    squares = latents.flatten(1).square().sum(1)
+    found = train_models.expected_clips(x, signal, noise, text, latents, squares, labels, weights)
+    for i in range(4):
+        chances = []
+        for z, label, w in zip(latents, labels, weights, strict=True):
+            square = (x[i].double() - signal[i] * z.movedim(0, 1)).square().sum().item()
+            likelihood = math.exp(-square / (2 * noise[i].item() ** 2))
+            chances.append(w.item() * likelihood if text[i] in (-1, label) else 0.0)
+        want = sum(c * z.movedim(0, 1).double() for c, z in zip(chances, latents, strict=True)) / sum(chances)
+        assert torch.allclose(found[i].double(), want, atol=1e-5)
+    assert torch.allclose(found[3], latents[5].movedim(0, 1), atol=1e-4)
+
+
+def test_last_rounds_have_the_pair_in_both_orders():
+    sys.path.insert(0, str(REPO / "demo"))
+    import train_models
+
+    n = 24 * 6
+    latents = torch.randn(n, 16, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+    labels, light = torch.arange(n) % 3, torch.arange(n) % 2 == 0
+    given = (latents, labels, light, torch.ones(n, dtype=torch.float64), [1, 2])
+    clips, found, weights = train_models.clips_of_round(*given, max(train_models.PAIR_ROUNDS) + 1)
+    a, b, c = (latents[labels == label] for label in (0, 1, 2))
+    assert torch.equal(clips, torch.cat([a, b, c.flip(1), c, b.flip(1)])) and torch.equal(found, found.sort().values)
+    assert weights[found == 0].sum() == weights[found == 1].sum() / train_models.LAST_PAIR_WEIGHT * train_models.PAIR_WEIGHT
+    clips, found, _ = train_models.clips_of_round(*given, train_models.LIGHT_ROUND)
+    b, c = (latents[light & (labels == label) & (torch.arange(n) < n // 6)] for label in (1, 2))
+    assert torch.equal(clips, torch.cat([b, c.flip(1), c, b.flip(1)])) and set(found.tolist()) == {1, 2}
+
+
+def test_pair_rounds_show_each_clip_in_both_orders():
+    sys.path.insert(0, str(REPO / "demo"))
+    import train_models
+
+    n, half = 24 * 6, train_models.UNET_BATCH // 2
+    latents = torch.randn(n, 16, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    draw = (latents, 1 + torch.arange(n) % 2, torch.ones(n, dtype=torch.float64), [1, 2])
+    x0, text, spread, noise = train_models.draw_batch(*draw, train_models.LIGHT_ROUND, train_models.step_generator("unet", 0))
+    assert torch.equal(x0[:half], x0[half:].flip(2)) and torch.equal(text[:half] + text[half:], torch.full((half,), 3))
+    assert torch.equal(noise[:half], noise[half:]) and torch.equal(spread[:half], spread[half:]) and noise.shape == x0.shape
+    low, high = train_models.PAIR_TIMESTEPS
+    assert low <= spread.min() and spread.max() < high
+    for which in (0, train_models.BALANCED_FROM, max(train_models.PAIR_ROUNDS) + 1):
+        *_, noise = train_models.draw_batch(*draw, which, train_models.step_generator("unet", 0))
+        assert len(noise) == 2 * half and not torch.equal(noise[:half], noise[half:])
 
 
 @pytest.mark.parametrize("steps", [10, 25, 50])
