@@ -379,7 +379,7 @@ def train_unet(latents, labels, light, weights, prompts, work, out, device, roun
                 module.forward = temporal_convolution.__get__(module)
     ema = {name: p.detach().clone() for name, p in net.named_parameters()}
     fade, share = faded(scheduler.alphas_cumprod)
-    ratio = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)  # SNR
+    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
 
     classes = sorted(prompts)
     texts = [prompts[c] for c in classes] + [""]
@@ -415,12 +415,12 @@ def train_unet(latents, labels, light, weights, prompts, work, out, device, roun
         x0, text, spread, target = draw_batch(*clips, pair, which, generator)
         t = (spread * scheduler.config.num_train_timesteps).long()
         x = scheduler.add_noise(x0 if which < FADED_FROM else fade[t, None, None, None, None] * x0, target, t)
-        weight = ratio[t].clamp(max=SNR_CLIP) / ratio[t]
+        weight = snr[t].clamp(max=SNR_CLIP) / snr[t]
         if which >= FADED_FROM:
             a, s = scheduler.alphas_cumprod[t].sqrt(), (1 - scheduler.alphas_cumprod[t]).sqrt()
             if which >= EXPECTED_FROM:
                 x0 = expected_clips(x, a * fade[t], s, text, clips[0], squares, *clips[1:])
-                weight = weight * (ratio[FADED_ABOVE] / ratio[t]).clamp(min=1) / share[t].clamp(LEAST_SHARE, 1) ** 2
+                weight = weight * (snr[FADED_ABOVE] / snr[t]).clamp(min=1) / share[t].clamp(LEAST_SHARE, 1) ** 2
             target = (x - (a * share[t])[:, None, None, None, None] * x0) / s[:, None, None, None, None]
         x, text = x.to(device), torch.where(text < 0, len(classes), text).to(device)
         with torch.autocast(device.type, torch.bfloat16):
