@@ -44,7 +44,7 @@ def parse_args():
     )
     parser.add_argument("--sizes", help=f"WxH, separated by commas (32x32 on a CPU; {','.join(GPU_SIZES)})")
     parser.add_argument("--steps", type=int, default=25, help="DDIM steps (25)")
-    parser.add_argument("--cfg", type=float, default=4.0, help="classifier-free guidance scale (4)")
+    parser.add_argument("--cfg", type=float, default=2.0, help="classifier-free guidance scale (2)")
     parser.add_argument("--batches", type=int, default=3, help="batches of the stage, the first untimed (3)")
     parser.add_argument("--calls", type=int, default=5, help="calls of the pipeline, the first untimed (5)")
     parser.add_argument("--batch", type=int, default=8, help="videos per batch of the stage (8)")
