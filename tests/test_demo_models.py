@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPO
+from conftest import REPO, make_world
 
 import contract
 
@@ -155,6 +155,38 @@ def test_fine_tuning_is_measured_before_and_after(monkeypatch, tmp_path):
     found = json.loads((tmp_path / "demo" / "finetune.json").read_text())
     assert [found["samples recognised, %"][name]["all classes"] for name in ("before", "after")] == [20.0, 60.0]
     assert found["fine-tuning"]["steps"] == 300 and str(tmp_path) not in json.dumps(found)
+
+
+def test_real_clips_are_composed_as_stage_04_composes(monkeypatch, tmp_path, capsys):
+    """Each clip once, the plan stage 04's; too many videos are refused before anything is removed."""
+    monkeypatch.syspath_prepend(REPO / "demo")
+    import compose_real
+
+    import common
+
+    make_world(tmp_path, train=5)
+    folder = tmp_path / "work" / "demo" / "composed" / "ipc1" / "real-composed"
+    (folder / "Walk").mkdir(parents=True)
+    (folder / "Walk" / "7.mp4").write_bytes(b"of an earlier run")
+    monkeypatch.setattr(sys, "argv", ["", "1", "--data-root", str(tmp_path), "--work-dir", str(tmp_path / "work")])
+    compose_real.main()
+    assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.mp4")) == ["Walk/0.mp4", "Wave/0.mp4"]
+    size = common.DATASETS["demo"]["size"]
+    for label in ("Walk", "Wave"):
+        videos = [compose_real.generator_clip(p, size) for p in sorted((tmp_path / "demo/UCF-101" / label).glob("*_g1*.avi"))]
+        frames = common.read_video(folder / label / "0.mp4").astype(float)
+        (plan,) = compose_real.stage_04().compose_plan(label, 1, 0)
+        used = []
+        for i, (_, numbers) in enumerate(plan):
+            part = frames[4 * i : 4 * i + 4]
+            errors = [np.abs(part - video[numbers]).mean() for video in videos]
+            used.append(int(np.argmin(errors)))
+            assert min(errors) < 12  # H.264, of grey levels
+        assert len(set(used)) == 4
+    sys.argv[1] = "2"
+    with pytest.raises(SystemExit) as stop:
+        contract.run(compose_real.main)
+    assert stop.value.code == 3 and "type at most 1" in capsys.readouterr().err and (folder / "Walk" / "0.mp4").is_file()
 
 
 def test_only_complete_results_are_collected(place, tmp_path, capsys, monkeypatch):
