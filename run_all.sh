@@ -2,7 +2,7 @@
 # The five stages in order, for one data set and IPC, up to the closing table: Table 1's column for that IPC, or with
 # --quick its two rows GVD and random.
 #
-#   bash run_all.sh                      demo 5 --quick: about 11 minutes on two CPU cores, no GPU, no download of data
+#   bash run_all.sh                      demo 5 --quick: about 13 minutes on two CPU cores, no GPU, no download of data
 #   bash run_all.sh demo 5               the demo's whole column: about 40 minutes, by estimate
 #   bash run_all.sh hmdb51 20            HMDB51 at 20 videos per class: about 22 hours on one A100, by estimate
 #   bash run_all.sh --03 '--guidance 0.3'      one stage with another option; what it does not touch stays
