@@ -37,8 +37,11 @@ def stage_04():
 
 
 def generator_clip(path, size):
-    """The 16 frames of a clip that stage 01 encodes, at generator size: uint8 [16, H, W, 3]."""
-    video = common.read_video(path)
+    """The 16 frames of a clip that stage 01 encodes, at generator size: uint8 [16, H, W, 3]. ContractError: no video."""
+    try:
+        video = common.read_video(path)
+    except common.BadVideo as error:
+        raise contract.ContractError(f"{path}: {error}\n  draw it again: python demo/draw_videos.py") from None
     return common.resize_frames(video[common.uniform_frames(len(video))], size)
 
 
@@ -60,14 +63,16 @@ def main():
             f"ipc {args.ipc}: too few training clips\n  expected: {args.ipc * sources} of each class, {sources} per video\n"
             f"  found:    {fewest}\n  type at most {fewest // sources}"
         )
-    shutil.rmtree(folder, ignore_errors=True)
+    composed = {}
     for label, paths in clips.items():
         plans = stage.compose_plan(label, args.ipc, SEED)
         samples = sorted(sample for plan in plans for sample, _ in plan)
         order = torch.randperm(len(paths), generator=contract.generator(SEED, "compose_real", label)).tolist()
         videos = {s: generator_clip(paths[i], spec["size"]) for s, i in zip(samples, order, strict=False)}
-        for i, plan in enumerate(plans):
-            common.write_mp4(folder / label / f"{i}.mp4", stage.compose(videos, plan), stage.FPS)
+        composed |= {f"{label}/{i}.mp4": stage.compose(videos, plan) for i, plan in enumerate(plans)}
+    shutil.rmtree(folder, ignore_errors=True)  # only now that all clips could be read
+    for name, frames in composed.items():
+        common.write_mp4(folder / name, frames, stage.FPS)
     print(f"{args.ipc} videos of {len(clips)} classes, composed of real training clips: {folder}")
 
 

@@ -158,7 +158,7 @@ def test_fine_tuning_is_measured_before_and_after(monkeypatch, tmp_path):
 
 
 def test_real_clips_are_composed_as_stage_04_composes(monkeypatch, tmp_path, capsys):
-    """Each clip once, the plan stage 04's; too many videos are refused before anything is removed."""
+    """Each clip once, the plan stage 04's; too many videos and a broken clip are refused before anything is removed."""
     monkeypatch.syspath_prepend(REPO / "demo")
     import compose_real
 
@@ -187,6 +187,13 @@ def test_real_clips_are_composed_as_stage_04_composes(monkeypatch, tmp_path, cap
     with pytest.raises(SystemExit) as stop:
         contract.run(compose_real.main)
     assert stop.value.code == 3 and "type at most 1" in capsys.readouterr().err and (folder / "Walk" / "0.mp4").is_file()
+    sys.argv[1] = "1"
+    wave = tmp_path / "demo/UCF-101/Wave"
+    for clip in wave.glob("*_g1*.avi"):
+        clip.write_bytes(b"")
+    with pytest.raises(SystemExit) as stop:
+        contract.run(compose_real.main)
+    assert stop.value.code == 3 and str(wave) in capsys.readouterr().err and (folder / "Walk" / "0.mp4").is_file()
 
 
 def test_only_complete_results_are_collected(place, tmp_path, capsys, monkeypatch):
