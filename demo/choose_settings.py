@@ -6,7 +6,7 @@ groups 13 to 25, accuracies are those on groups 8 to 12.
 Reads:   the model: demo/models/t2v
 Writes:  work/validation/demo/..., as the stages do; settings.csv there, of which results/demo_models has a copy
 Run:     python demo/choose_settings.py
-Cost:    about 50 minutes on two CPU cores; a killed run goes on
+Cost:    about 40 minutes on two CPU cores; a killed run goes on
 Expect:  see README. The learning rate of 05's protocol `demo` was chosen on the same split, on random real clips:
          results/demo_models/validation_rate_*.json, by 05 --rate
 """
@@ -25,7 +25,6 @@ SETTINGS = (  # EDIT HERE: IPC, the set, and its options of stages 03 (each with
     (10, "random", "", ""),
     (10, "cfg2", "--cfg 2", ""),
     (10, "cfg4", "--cfg 4", ""),
-    (10, "cfg1", "--cfg 1", ""),
 )
 COLUMNS = ("ipc", "set", "options", "top1_mean", "top1_std", "top1_values")
 
