@@ -21,12 +21,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 
-SETTINGS = (  # EDIT HERE: IPC, the set, and its options of stages 03 (each with a name of its own) and 04
-    (10, "random", "", ""),
-    (10, "cfg2", "--cfg 2", ""),
-    (10, "cfg4", "--cfg 4", ""),
+IPC = 10
+SETTINGS = (  # EDIT HERE: the set, and its options of stages 03 (each with a name of its own) and 04
+    ("random", "", ""),
+    ("cfg2", "--cfg 2", ""),
+    ("cfg4", "--cfg 4", ""),
 )
-COLUMNS = ("ipc", "set", "options", "top1_mean", "top1_std", "top1_values")
+COLUMNS = ("set", "options", "top1_mean", "top1_std", "top1_values")
 
 
 def main():
@@ -44,27 +45,26 @@ def main():
     def stage(script, *words):
         run(script, "demo", *words, "--work-dir", work, "--data-root", data)
 
-    def top1(ipc, name, of_03, of_04):
+    def top1(name, of_03, of_04):
         of_03, of_04 = of_03.split(), of_04.split()
         if name != "random":
-            stage("03_guided_sample.py", ipc, "--name", name, *of_03)
-            stage("04_mvic_compose.py", ipc, "--samples", name, *of_04)
+            stage("03_guided_sample.py", IPC, "--name", name, *of_03)
+            stage("04_mvic_compose.py", IPC, "--samples", name, *of_04)
             name = "-".join([name, *of_04[1::2]])  # as stage 04 names it
-        stage("05_train_eval.py", ipc, "--train-on", name, "--repeats", args.repeats)
-        path = work / "demo" / "05_results" / f"ipc{ipc}" / name / "minic3d__hard__demo" / "result.json"
+        stage("05_train_eval.py", IPC, "--train-on", name, "--repeats", args.repeats)
+        path = work / "demo" / "05_results" / f"ipc{IPC}" / name / "minic3d__hard__demo" / "result.json"
         return json.loads(path.read_text())["top1"]
 
     run("demo/draw_videos.py", "--data-root", data, "--validation")
     stage("01_encode_latents.py")
-    for ipc in sorted({setting[0] for setting in SETTINGS}):
-        stage("02_kmeans_prototypes.py", ipc)
+    stage("02_kmeans_prototypes.py", IPC)
     rows = []
     for setting in SETTINGS:
         found = top1(*setting)
-        options = " ".join(words for words in setting[2:] if words)
+        options = " ".join(words for words in setting[1:] if words)
         values = " ".join(f"{v:.2f}" for v in found["values"])
         spread = "" if found["std"] is None else f"{found['std']:.2f}"  # of one network
-        rows.append([*setting[:2], options, f"{found['mean']:.2f}", spread, values])
+        rows.append([setting[0], options, f"{found['mean']:.2f}", spread, values])
         common.write_csv(work / "demo" / "settings.csv", COLUMNS, rows)
     print((work / "demo" / "settings.csv").read_text())
 

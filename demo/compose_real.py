@@ -13,7 +13,7 @@ Expect:  row real-composed of the README's first table
 """
 
 import argparse
-import importlib.util
+import importlib
 import shutil
 import sys
 from pathlib import Path
@@ -26,14 +26,6 @@ import common  # noqa: E402
 import contract  # noqa: E402
 
 SEED = 0
-
-
-def stage_04():
-    """Stage 04 as a module (its file name is no identifier)."""
-    spec = importlib.util.spec_from_file_location("stage_04", ROOT / "04_mvic_compose.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def generator_clip(path, size):
@@ -51,7 +43,7 @@ def main():
     parser.add_argument("--data-root", type=Path, default=Path("data"), help="folder that holds demo/ (data)")
     parser.add_argument("--work-dir", type=Path, default=Path("work"), help="artifacts go to WORK_DIR/demo (work)")
     args = parser.parse_args()
-    spec, stage = common.DATASETS["demo"], stage_04()
+    spec, stage = common.DATASETS["demo"], importlib.import_module("04_mvic_compose")
     folder = args.work_dir / "demo" / "composed" / f"ipc{args.ipc}" / "real-composed"
     clips = {}
     for label, name, split, _ in common.list_clips("demo", args.data_root):
