@@ -1,286 +1,254 @@
-"""The contract of an artifact folder: identity, manifest, fresh or stale, writes, seeds, errors, the shared options.
+"""An artifact folder: checked inputs, fresh or stale, atomic writes, and one record of what made it.
 
-Nothing here computes anything of the paper. A stage calls `identity` and `begin`, makes the files that are missing, and
-calls `finish`; it opens its input folders with `read_folder`. So a folder that is complete and unchanged is never made
-twice, one made by other code, options or inputs is kept aside, and a killed run goes on where it stopped.
-
-Several processes (torchrun) share the files of a folder through `shared`. They agree by locks on the bytes of one file
-in WORK_DIR/.cache: a lock ends with its process, so nobody waits for one that died, and nothing times out.
+A stage opens the folders that it reads as `Input`, says what it will make as `Output`, makes what is left and
+calls `finish`. The record, manifest.json, holds the code, the parameters and the inputs that decide every
+byte (the identity), then each file's sha256; no time, host, path or command.
 """
 
 import argparse
 import ast
 import contextlib
-import copy
+import csv
+import datetime
 import errno
-import fcntl
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
-import platform
 import re
 import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
-from pickle import UnpicklingError
 
+
+def on_exception(kind, error, trace):
+    """Ctrl-C is one message and exit code 130, also while the libraries below load."""
+    if not issubclass(kind, KeyboardInterrupt):
+        return sys.__excepthook__(kind, error, trace)
+    sys.stderr.write("\ninterrupted: what is finished stays; the same command goes on from there\n")
+    os._exit(130)
+
+
+sys.excepthook = on_exception
+
+import filelock
 import numpy as np
 import torch
 from tqdm import tqdm
 
+ROOT = Path(__file__).resolve().parent
+PACKAGES = "torch diffusers transformers numpy scikit-learn opencv-python-headless av peft".split()
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+# Only torchrun sets the run id; RANK and WORLD_SIZE are left in the environment by other launchers too.
+LAUNCHED = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
+RANK, WORLD = int(LAUNCHED.get("RANK", 0)), int(LAUNCHED.get("WORLD_SIZE", 1))
+
 
 class ContractError(Exception):
-    """A file or folder that is not as agreed; shown to the user as one message, exit code 3."""
+    """What the user can mend, as one message: what is wrong, what was expected and found, what to type."""
+
+    def __init__(self, what, expected=None, found=None, fix=None):
+        lines = (("expected:", expected), ("found:   ", found), ("to fix:  ", fix))
+        super().__init__(what + "".join(f"\n  {name} {text}" for name, text in lines if text is not None))
 
 
 class Missing(ContractError):
-    """Data or a model that is not on this machine; --dry-run plans without it."""
+    """Data, a model or an earlier stage's folder that is not there yet; --dry-run plans without it."""
 
 
-COMMON = Path(__file__).resolve().with_name("common.py")
-SCHEMA = 1  # of manifest.json
-MOST_REASONS = 5  # that are said of a stale folder
-EARLIER = ".manifest.json"  # the manifest of a folder that is being extended or mended
-CONTRACT_VERSION = 1  # raise it when a change of this file changes the bytes of an artifact
-POLL = 0.2  # seconds between two looks at what another process makes
-AUTOMATIC = ("device", "threads", "dtype")  # options that take the recorded value when they were not typed
+def arguments(script, doc, datasets, ipc=True):
+    """The parser of a script: its docstring is its help; these options mean the same everywhere.
 
-
-def generator(seed, *names):
-    """A CPU generator for one item: it depends on the seed and the item's names, on nothing else."""
-    value = hashlib.sha256("/".join(str(n) for n in (seed, *names)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(value[:8], "little") % 2**63)
-
-
-def arguments(doc, datasets, ipc=True):
-    """The parser of a stage: its docstring is its help; these options mean the same in every stage.
-
-    datasets: {name: {"classes": ..., "resize": ..., "side": ...}}, common.DATASETS.
+    script: the script's __file__. datasets: common.DATASETS. ipc: whether it takes one; "?" if it may.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.set_defaults(datasets=datasets, script=Path(script).resolve())
     parser.add_argument("dataset", choices=sorted(datasets), help="data set")
     if ipc:
-        parser.add_argument("ipc", type=positive, help="videos per class of the distilled data set")
-    parser.add_argument("--work-dir", type=Path, default=Path("work"), help="artifacts go to WORK_DIR/<data set> (work)")
-    parser.add_argument("--data-root", type=Path, default=Path("data"), help="folder that holds the data sets (data)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything that is drawn (0)")
-    parser.add_argument("--classes", help="only these classes, separated by commas (all)")
-    parser.add_argument("--limit", type=positive, help="at most this many items of each class: try an edit, with --name")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (a GPU where there is one)")
-    parser.add_argument("--threads", type=positive, help="CPU threads (the cores that this process may use)")
-    parser.add_argument("--redo", action="store_true", help="make changed files, or all if none is changed, again")
-    parser.add_argument("--accept-code", action="store_true", help="keep a folder whose code alone changed")
-    parser.add_argument("--dry-run", action="store_true", help="say what is fresh, stale or to do, and stop")
-    parser.add_argument("--after", metavar="NN", help=argparse.SUPPRESS)  # with --dry-run: stage NN will run before
-    parser.set_defaults(datasets=datasets)
+        nargs = "?" if ipc == "?" else None
+        parser.add_argument("ipc", type=int, nargs=nargs, help="instances (videos) per class, distilled")
+    add = parser.add_argument_group("options of every stage").add_argument
+    add("--work-dir", type=Path, default=Path("work"), help="artifacts go to WORK_DIR/<data set> (work)")
+    add("--data-root", type=Path, default=Path("data"), help="folder that holds the data sets (data)")
+    add("--model", help="text-to-video model of 01 and 03, a folder or hub name (the data set's own)")
+    add("--seed", type=int, default=0, help="seed of everything that is drawn (0)")
+    add("--classes", help="only these classes, separated by commas (all)")
+    add("--limit", type=int, help="at most this many items per class: to try an edit, with --name")
+    add("--device", help="cpu, cuda, cuda:1 ... (a GPU where there is one)")
+    add("--threads", type=int, help="CPU threads (the cores that this process may use)")
+    add("--redo", action="store_true", help="make the files that were changed again, or all if none was")
+    add("--keep", action="store_true", help="accept a stale folder as it is; its record says so")
+    add("--dry-run", action="store_true", help="print what is fresh, stale or left, hours and disk, and stop")
     return parser
 
 
-def positive(text):
-    """An integer of at least 1, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
-
-
 def parse(parser):
-    """Parses the command line; `args.classes` becomes a list in ASCII order, usage errors exit with 2."""
+    """Parses the command line; misuse ends with exit code 2. args.classes becomes a list in ASCII order.
+
+    Integers are at least 1, or 0 where that is the default.
+    """
     args = parser.parse_args()
+    for name, value in vars(args).items():
+        if type(value) is int and value < (least := int(parser.get_default(name) != 0)):
+            parser.error(f"{'' if name == 'ipc' else '--'}{name.replace('_', '-')}: must be at least {least}")
     args.spec = args.datasets[args.dataset]
-    known = args.spec["classes"]
-    wanted = args.classes.split(",") if args.classes else known
-    if unknown := [c for c in wanted if c not in known]:
+    args.number = re.sub(r"^(\d\d)_.*", r"\1", args.script.stem)  # 03; a tool's whole name
+    args.classes = sorted(set(args.classes.split(","))) if args.classes else args.spec["classes"]
+    if unknown := sorted(set(args.classes) - set(args.spec["classes"])):
         parser.error(f"--classes: {args.dataset} has no class {unknown[0]!r}")
-    args.classes = sorted(set(wanted))
-    try:
-        kind = torch.device(args.device or "cpu").type
-    except RuntimeError:
-        kind = None
-    if kind not in ("cpu", "cuda"):
+    for option in ("name", "samples", "prototypes"):  # of folders, which never leave the work folder
+        value = getattr(args, option, None) or "none"
+        if not re.fullmatch(r"\w[\w.+-]*", value) or ".old-" in value:
+            parser.error(f"--{option}: {value!r} is not a plain folder name")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device or "cpu"):
         parser.error(f"--device: {args.device!r} is not cpu, cuda or cuda:<number>")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ContractError(f"--device {args.device}: there is no such device here\n  type --device cpu")
+    if args.device not in (None, "cpu") and not torch.cuda.is_available():
+        raise ContractError(f"--device {args.device}: there is no such device here", fix="--device cpu")
+    torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
     return args
 
 
-def work_folder(args, *parts):
-    """WORK_DIR/<data set>/<parts>."""
-    return Path(args.work_dir, args.dataset, *parts)
+def command(args, script, *options):
+    """The command that runs `script` for the same data set and folders, as the user would type it."""
+    words, without = ["python", script, args.dataset], re.match(r"01|demo|tools/(finetune|train)", script)
+    words += [args.ipc] if getattr(args, "ipc", None) and not without else []  # these take no IPC
+    usual = {"work-dir": Path("work"), "data-root": Path("data"), "model": None, "seed": 0}
+    for name, default in usual.items():
+        value = getattr(args, name.replace("-", "_"), default)
+        words += [f"--{name}", value] if value != default else []
+    return shlex.join(map(str, [*words, *options]))
 
 
-def command(script, args, *extra):
-    """The command line that runs `script` for the same data set and folders, to be shown to the user."""
-    words = [python(), script, args.dataset]
-    if not script.startswith(("01", "tools")) and getattr(args, "ipc", None):
-        words.append(str(args.ipc))
-    for option, default in (("work_dir", Path("work")), ("data_root", Path("data")), ("seed", 0)):
-        if (value := getattr(args, option)) != default:
-            words += ["--" + option.replace("_", "-"), str(value)]
-    return shlex.join([*words, *map(str, extra)])
+def run(parse_args, main, estimate):
+    """Runs a script. What the user can mend is one message and exit code 3.
+
+    estimate(args): {first part of an output's folder: (item, items, seconds, bytes, machine)}, for --dry-run.
+    """
+    args = None
+    try:
+        args = parse_args()
+        args.estimate = estimate(args)
+        main(args)
+    except (ContractError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in UNWRITABLE:
+            raise
+        if not (args and args.dry_run and isinstance(error, Missing)):
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(3)
+        for cost in args.estimate.values():
+            say(f"{args.number} {plan(cost)}; {str(error).splitlines()[0]}")
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
-def own_name():
-    """The running script as the user types it: tools/finetune_unet.py, 03_guided_sample.py."""
-    path = Path(sys.argv[0]).resolve()
-    return path.relative_to(COMMON.parent).as_posix() if path.is_relative_to(COMMON.parent) else path.name
-
-
-def python():
-    """The interpreter as the user types it: below the working directory (.venv) by its path."""
-    path = Path(sys.executable)
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else "python"
-
-
-def say(*words):
-    """Prints a line at once, on the screen (of several processes the first) and, once a folder is open, in its log.txt."""
-    if rank() == 0:
-        print(*words, flush=True)
-    if open_log.path:
-        with open(open_log.path, "a", encoding="utf-8") as log:
-            print(*words, file=log)
-
-
-def open_log(folder, identity):
-    """Starts a run's part of log.txt: command, versions, parameters and the source that runs."""
-    open_log.path = folder / "log.txt"
-    lines = [
-        f"{time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join([own_name(), *sys.argv[1:]])}",
-        f"python {platform.python_version()}",
-    ]
-    lines += [f"{k} = {v}" for k, v in sorted(identity["parameters"].items())]
-    for path in (Path(sys.argv[0]), COMMON):
-        lines += ["=" * 20 + " " + path.name, path.read_text("utf-8"), "=" * 20]
-    with open(open_log.path, "a", encoding="utf-8") as log:
-        log.write("\n".join(lines) + "\n")
-
-
-open_log.path = None
-
-
-def rank():
-    """The number of this process among those that torchrun started, 0 without it."""
-    return int(os.environ.get("RANK", 0))
+def say(text):
+    """Prints a line at once; of torchrun's processes only the first does."""
+    if RANK == 0:
+        print(text, flush=True)
 
 
 def bar(*args, **options):
-    """A tqdm bar; of several processes, only the first has one."""
-    return tqdm(*args, mininterval=1, **options, **({"disable": True} if rank() else {}))
+    """A tqdm bar; of torchrun's processes only the first has one."""
+    return tqdm(*args, mininterval=1, disable=True if RANK else None, **options)
 
 
-def lock(what, path, kind=fcntl.LOCK_EX, wait=True):
-    """Takes a lock that ends with this process, or gives it back (LOCK_UN); False when another process has it."""
-    byte = int(digest([what, os.path.realpath(path)])[:15], 16)
-    try:
-        fcntl.lockf(lock.handle, kind if wait else kind | fcntl.LOCK_NB, 1, byte)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError as error:
-        if processes() > 1 or error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
-            raise ContractError(f"{lock.handle.name} cannot be locked: {error}\n  take another --work-dir") from None
-    return True  # also on a file system without locks: one process has nobody to agree with
+def plan(cost, share=1):
+    """What --dry-run prints of an estimate of which `share` is left; run_all.sh adds up the h and GB."""
+    item, items, seconds, size, machine = cost
+    left = f"{round(items * share):,} of {items:,} {item} left"
+    return f"{left}, {seconds * share / 3600:.3f} h on {machine}, {size * share / 1e9:.3f} GB"
 
 
-lock.handle = None
+def gather(value=None):
+    """Waits for all of torchrun's processes; returns the value of each."""
+    if WORLD > 1 and not torch.distributed.is_initialized():  # a stage may wait hours for its slowest process
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+    values = [value] * WORLD
+    if WORLD > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
+class RawFile(io.FileIO):
+    """Remembers a failed write, which torch.save and PyAV report as an error of their own."""
+
+    failed = None
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.failed = error
+            raise
 
 
 @contextlib.contextmanager
-def alone(folder):
-    """A block that one process at a time runs for a folder."""
-    lock("folder", folder)
-    try:
-        yield
-    finally:
-        lock("folder", folder, fcntl.LOCK_UN)
+def atomic(path, size=0):
+    """A handle to a temporary file that replaces `path` when the block ends without an error.
 
-
-def shared(items, files):
-    """Yields the items of which a file is missing, each to one process at a time; whoever is free takes the next.
-
-    files: function of an item that returns its paths. An item that another process is making is waited for; when that
-    process ends without it, it is made here. So at the end every item is there, or was tried here.
+    size: the bytes to be written, if known. A disk that cannot be written is a ContractError.
     """
-    while items:
-        others = []
-        for item in items:
-            paths = files(item)
-            if all(path.is_file() for path in paths):
-                continue
-            if not lock("item", paths[0], wait=False):
-                others.append(item)
-                continue
-            try:
-                if not all(path.is_file() for path in paths):
-                    yield item
-            finally:
-                lock("item", paths[0], fcntl.LOCK_UN)
-        items = others
-        if items:
-            time.sleep(POLL)
-
-
-@contextlib.contextmanager
-def atomic(path):
-    """A handle to a temporary file in the same folder that replaces `path` when the block ends without an error."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path, raw = Path(path), None
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
-        with open(temporary, "w+b") as handle:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        raw = RawFile(temporary, "w+")
+        with io.BufferedRandom(raw) as handle:
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(temporary, path)
+    except Exception as error:
+        failed = (raw and raw.failed) or error
+        if getattr(failed, "errno", None) not in UNWRITABLE:
+            raise
+        there = next(folder for folder in path.absolute().parents if folder.exists())
+        needed, free = f"{size:,} bytes" if size else "room", f"{shutil.disk_usage(there).free:,} bytes free"
+        fix = "make room; the same command then goes on"
+        raise ContractError(f"{path} cannot be written: {failed.strerror}", needed, free, fix) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def checkpoint(path):
-    """Around the reading of a checkpoint, a file of torch.save: one that is damaged is an error that says so."""
+def save(path, value):
+    """Writes bytes, or by its suffix an array (.npy), JSON, rows (.csv) or tensors (.pt), atomically."""
+    suffix = Path(path).suffix
+    with atomic(path, getattr(value, "nbytes", 0)) as handle:
+        if isinstance(value, bytes):
+            handle.write(value)
+        elif suffix == ".npy":
+            np.save(handle, np.ascontiguousarray(value), allow_pickle=False)
+        elif suffix == ".json":
+            handle.write((json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+        elif suffix == ".csv":
+            text = io.StringIO()
+            csv.writer(text, lineterminator="\n").writerows(value)
+            handle.write(text.getvalue().encode())
+        else:
+            torch.save(value, handle)
+
+
+def read(path, fix=None):
+    """What `save` wrote: a .csv as dictionaries, an .npy memory-mapped, None for a .json that is not there.
+
+    ContractError when it is damaged; fix: what to type then.
+    """
     try:
-        yield
-    except (OSError, EOFError, KeyError, ValueError, RuntimeError, UnpicklingError) as error:
-        raise ContractError(f"{path} is damaged\n  found: {error}\n  delete it: rm {path}") from None
-
-
-def write_json(path, value):
-    """JSON with sorted keys, atomically."""
-    with atomic(path) as handle:
-        handle.write((json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
-
-
-def save_array(path, array):
-    """An .npy file in C order, atomically."""
-    with atomic(path) as handle:
-        np.save(handle, np.ascontiguousarray(array), allow_pickle=False)
-
-
-def load_array(path, shape, dtype, mend):
-    """An .npy file, memory-mapped, checked against `shape` (None: any length) and `dtype`."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        found = f"{array.dtype} {list(array.shape)}"
-        fits = array.dtype == np.dtype(dtype) and len(array.shape) == len(shape)
-        fits = fits and all(want in (None, have) for want, have in zip(shape, array.shape, strict=True))
-    except (OSError, ValueError, EOFError) as error:
-        found, fits = str(error), False
-    if not fits:
-        wanted = ", ".join("n" if side is None else str(side) for side in shape)
-        raise ContractError(f"{path} is no such array\n  expected: {dtype} [{wanted}]\n  found:    {found}\n  run: {mend}")
-    return array
-
-
-def read_json(path):
-    """The JSON of a file, None when there is no such file; ContractError when it is damaged."""
-    try:
-        return json.loads(Path(path).read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise ContractError(f"{path} is damaged\n  expected: JSON\n  found: {error}") from None
+        if (suffix := Path(path).suffix) == ".npy":
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        if suffix == ".pt":
+            return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        if suffix == ".csv":
+            with open(path, encoding="utf-8", newline="") as handle:
+                return list(csv.DictReader(handle))
+        return json.loads(Path(path).read_bytes()) if os.path.exists(path) else None
+    except Exception as error:  # the libraries raise many kinds
+        raise ContractError(f"{path} is damaged", f"{suffix[1:]} data", error, fix or f"rm {path}") from None
 
 
 def digest(value):
@@ -288,542 +256,246 @@ def digest(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-class Hashes:
-    """sha256 of files, remembered by size and modification time in WORK_DIR/.cache."""
-
-    def __init__(self, work_dir):
-        self.path, self.changed = Path(work_dir, ".cache", "sha256.json"), False
-        try:
-            self.known = dict(json.loads(self.path.read_bytes()))
-        except (OSError, ValueError, TypeError):  # only a cache: it is made again
-            self.known = {}
-
-    def __call__(self, path):
-        state = os.stat(path)
-        key, stamp = os.path.abspath(path), [state.st_size, state.st_mtime_ns]
-        if self.known.get(key, [None])[0] != stamp:
-            with open(path, "rb") as handle:
-                self.known[key] = [stamp, hashlib.file_digest(handle, "sha256").hexdigest()]
-            self.changed = True
-        return self.known[key][1]
-
-    def save(self):
-        if self.changed:
-            with atomic(self.path) as handle:
-                handle.write(json.dumps(self.known).encode())
-            self.changed = False
+def sha256(path):
+    """sha256 of a file."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-class Meaning(ast.NodeTransformer):
-    """Takes out of code what changes no value: docstrings, help and error texts, what is only printed."""
-
-    def visit_Expr(self, node):
-        if isinstance(node.value, ast.Constant):
-            return None
-        if isinstance(node.value, ast.Call):
-            function = node.value.func
-            if getattr(function, "attr", getattr(function, "id", "")) in ("print", "say", "error"):
-                node.value.args, node.value.keywords = [], []
-        return self.generic_visit(node)
-
-    def visit_Raise(self, node):
-        if isinstance(node.exc, ast.Call):
-            node.exc.args, node.exc.keywords = [], []
-        return self.generic_visit(node)
-
-    def visit_Call(self, node):
-        node.keywords = [k for k in node.keywords if k.arg != "help"]
-        return self.generic_visit(node)
+def generator(seed, *names):
+    """A CPU generator for one item: it depends on the seed and the item's names, on nothing else."""
+    value = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(value[:8], "little") % 2**63)
 
 
-def definitions(path):
-    """{name: (node, meaning)} of a file's top level; the meaning of a short constant is its text, else a hash."""
-    found = {}
-    for node in ast.parse(Path(path).read_text("utf-8")).body:
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            continue
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            names = node.name
-        elif isinstance(node, ast.Assign):
-            names = ", ".join(ast.unparse(target) for target in node.targets)
-        else:
-            names = "(top level)"
-        if names.startswith("SECONDS"):  # only estimates for --dry-run
-            continue
-        meaning = Meaning().visit(copy.deepcopy(node))
-        text = ast.unparse(meaning) if meaning else ""
-        value = ast.unparse(node.value) if isinstance(node, ast.Assign) else ""
-        short = value if 0 < len(value) <= 60 and not re.search(r"[({]", value) else digest(text)[:16]
-        if names in found:
-            short = digest([found[names][1], short])[:16]
-        found[names] = (meaning or ast.Pass(), short)
+def code_identity(script):
+    """{"file: definition": its code, hashed if long} of a script and of what it reaches in modules beside it.
+
+    By top-level definition, without comments and docstrings. Left out are the parser and the data sets, whose
+    values are parameters, and what decides no byte: estimates and contract.py.
+    """
+    files = [script, *(file for folder in {ROOT, script.parent} for file in folder.glob("[a-z]*.py"))]
+    code = {file.stem: {} for file in files if file.stem != "contract"}
+    for file in (file for file in files if file.stem in code):
+        for node in ast.parse(file.read_text("utf-8")).body:
+            for part in ast.walk(node):
+                body = getattr(part, "body", None)
+                if isinstance(body, list) and ast.unparse(body[:1]).startswith(("'", '"')):
+                    part.body = body[1:]
+            stored = {
+                n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+            }
+            names = [node.name] if hasattr(node, "name") else stored or ["(top level)"]
+            for name in [] if isinstance(node, (ast.Import, ast.ImportFrom)) else names:
+                if name not in ("parse_args", "estimate", "DATASETS") and not name.startswith("SECONDS"):
+                    code[file.stem][name] = code[file.stem].get(name, "") + ast.unparse(node)
+    found, queue = {}, [(script.stem, name) for name in code[script.stem]]
+    for module, name in queue:  # grows by what a definition names: module.name, or a name of its own module
+        text = code[module][name]
+        value = re.fullmatch(r"\w+ = (.{1,50})", text)  # of a short constant, to be shown
+        found[f"{module}.py: {name}"] = value[1] if value else hashlib.sha256(text.encode()).hexdigest()[:16]
+        words = {(module, word) for word in re.findall(r"\w+", text)} | {*re.findall(r"\b(\w+)\.(\w+)", text)}
+        queue += [(m, w) for m, w in sorted(words) if w in code.get(m, ()) and (m, w) not in queue]
     return found
 
 
-def code_identity(script, apart):
-    """{file: {definition: meaning}} of a stage and of the definitions of common.py that it reaches.
-
-    By `ast.unparse` without comments and docstrings, so neither of them changes it. Data sets enter an identity by their
-    own entry, and this file by CONTRACT_VERSION. apart: definitions of the stage that only show something.
-    """
-    own, shared = definitions(script), definitions(COMMON)
-    own = {name: value for name, value in own.items() if name not in apart}
-    reached, queue = {}, []
-    for node, _ in own.values():
-        for part in ast.walk(node):
-            if isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name) and part.value.id == "common":
-                queue.append(part.attr)
-    while queue:
-        name = queue.pop()
-        if name in shared and not name.endswith(("DATASETS", "_CLASSES")) and name not in reached:
-            node, reached[name] = shared[name]
-            queue += [part.id for part in ast.walk(node) if isinstance(part, ast.Name)]
-    return {Path(script).name: {n: meaning for n, (_, meaning) in own.items()}, "common.py": reached}
-
-
-def identity(script, args, parameters, inputs, classes, apart=()):
-    """What decides every byte of an artifact folder.
-
-    parameters: {name: value} that can change a value; device, threads and dtype may be None: automatic. inputs:
-    {name: content hash}. classes: {class: content hash or dict of them} for inputs of one class, an extent: a folder may
-    grow by classes. The data set's own sizes and the seed are added.
-    """
-    spec = {k: v for k, v in args.spec.items() if k in ("resize", "side")}
-    found = {"device": args.device or ("cuda" if torch.cuda.is_available() else "cpu")}
-    found["threads"] = args.threads or len(os.sched_getaffinity(0))
-    found["dtype"] = "bfloat16" if has_bfloat16(found["device"]) else "float32"
-    unset = [name for name in AUTOMATIC if name in parameters and parameters[name] is None]
-    values = {**parameters, **{name: found[name] for name in unset}, "seed": args.seed}
-    return {
-        "stage": Path(script).stem,
-        "contract": CONTRACT_VERSION,
-        "code": code_identity(script, apart),
-        "data set": {"name": args.dataset, **json.loads(json.dumps(spec))},
-        "parameters": json.loads(json.dumps(values)),
-        "inputs": inputs,
-        "classes": classes,
-        "automatic": unset,
-    }
-
-
-def has_bfloat16(device):
-    """Whether the device computes in bfloat16 natively, and so about twice as fast as in float32."""
-    if device != "cpu":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpu = Path("/proc/cpuinfo")
-    return cpu.exists() and re.search(r"\b(avx512_bf16|amx_bf16)\b", cpu.read_text()) is not None
-
-
-def differences(old, new, made=None):
-    """[(kind, text)] of what makes folder `old` another than `new`; kind is "code" or "value".
-
-    made: whether a class has outputs; the input of one that has none may have changed.
-    """
-    found = []
-    for file in sorted({*old["code"], *new["code"]}):
-        before, after = old["code"].get(file, {}), new["code"].get(file, {})
-        for name in sorted({*before, *after}):
-            a, b = before.get(name, "nothing"), after.get(name, "nothing")
-            if a != b:
-                hashed = any(re.fullmatch("[0-9a-f]{16}", x) for x in (a, b))
-                found.append(("code", f"{name} in {file} changed" if hashed else f"{name} {a} -> {b}"))
-    for part in ("parameters", "data set", "inputs"):
+def differences(old, new):
+    """What makes one identity another, as strings. An input that only one of them has is an extent."""
+    found = [f"input {name} changed" for name, h in new["inputs"].items() if old["inputs"].get(name, h) != h]
+    for part in ("parameters", "code"):
         for name in sorted({*old[part], *new[part]}):
             a, b = old[part].get(name), new[part].get(name)
-            if a != b and name not in new["automatic"]:
-                shown = f"{name} changed" if part == "inputs" else f"{name} {a} -> {b}"
-                found.append(("value", shown))
-    changed = [c for c in old["classes"] if c in new["classes"] and old["classes"][c] != new["classes"][c]]
-    changed = [c for c in changed if made is None or made(c)]
-    if changed:
-        more = f" and {len(changed) - 1} more classes" if len(changed) > 1 else ""
-        found.append(("value", f"input of {changed[0]}{more} changed"))
-    if old["contract"] != new["contract"]:
-        found.append(("value", f"contract {old['contract']} -> {new['contract']}"))
+            hashed = part == "code" and any(re.fullmatch("[0-9a-f]{16}", str(x)) for x in (a, b))
+            found += [f"{name} changed" if hashed else f"{name} {a} -> {b}"] if a != b else []
     return found
 
 
-def begin(folder, identity, wanted, args, cost, derived=()):
-    """Decides what has to be made in `folder`. Returns (files to make or None when fresh, identity to use).
+def read_record(folder, fix):
+    """manifest.json of a folder, None without one; refused when damaged or when it names a file outside."""
+    record = read(folder / "manifest.json", fix)
+    if record is not None:
+        keys = {"complete", "outputs", "code", "parameters", "inputs", "kept"}
+        good = isinstance(record, dict) and keys <= {*record} and isinstance(record["outputs"], dict)
+        if not good or any(os.path.isabs(name) or ".." in Path(name).parts for name in record["outputs"]):
+            raise ContractError(f"{folder / 'manifest.json'} is damaged", "the record of a folder", fix=fix)
+    return record
 
-    wanted: relative paths of the outputs asked for. cost: (name of an item, items, seconds and bytes of all of them,
-    machine), shown by --dry-run. derived: outputs that are written anew at every extension. Another identity's folder is
-    renamed to <name>.old-<8 hex>, or taken back from there.
-    Raises ContractError when a file has changed since its manifest was written (--redo mends).
 
-    Of several processes the first one here does this. A later one joins it, and neither renames nor removes anything.
+class Input:
+    """A complete folder of an earlier stage below work/<data set>; files are checked before they are read.
+
+    fix: the command that makes the folder. Raises Missing when it is not there or not complete.
     """
-    if args.dry_run:
-        return decide(folder, identity, wanted, args, cost, derived)
-    if processes() > 1 and int(os.environ.get("LOCAL_WORLD_SIZE", processes())) != processes():
-        raise ContractError("the processes must be on one machine\n  type torchrun --nproc-per-node N")
-    if processes() > 1 and args.redo:
-        raise ContractError("--redo is for one process\n  type it without torchrun, or remove the folder and share the work")
-    if lock.handle is None:
-        path = Path(args.work_dir, ".cache", "locks")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock.handle = open(path, "a+b")
-    with alone(folder):
-        joins = not lock("at work", folder, wait=False)
-        lock("at work", folder, fcntl.LOCK_SH)
-        if joins:
-            old = recorded_identity(folder)
-            reasons = differences(old, identity) if old else [("value", "the folder is not begun yet")]
-            if args.redo or reasons:
-                what = "; ".join(text for _, text in reasons) or "--redo"
-                raise ContractError(f"another process is at work in {folder}, and this one differs: {what}\n  wait for it")
-        return decide(folder, identity, wanted, args, cost, derived)
+
+    def __init__(self, args, folder, fix):
+        self.folder, self.fix = args.work_dir / args.dataset / folder, fix
+        self.record = read_record(self.folder, f"{fix} --redo")
+        if not self.record or not self.record["complete"]:
+            found = "an incomplete one" if self.record else "none"
+            raise Missing(f"{self.folder / 'manifest.json'} is missing", "a complete folder", found, fix)
+        self.outputs = self.record["outputs"]
+
+    def check(self, names):
+        """{name: sha256} of files that will be read; raises when one of them is missing or damaged."""
+        names = list(names)
+        if missing := [name for name in names if name not in self.outputs]:
+            found = f"{len(names) - len(missing)} of them"
+            raise Missing(f"{self.folder / missing[0]} is missing", f"{len(names)} files", found, self.fix)
+        for name in names:
+            path, expected = self.folder / name, self.outputs[name]["sha256"]
+            found = sha256(path) if path.is_file() else "no such file"
+            if found != expected:
+                raise ContractError(f"{path} is damaged", f"sha256 {expected}", found, f"{self.fix} --redo")
+        return {name: self.outputs[name]["sha256"] for name in names}
+
+    def load(self, name, shape=None, dtype=None):
+        """A file's content; ContractError for an array of another `shape` (None: any length) or `dtype`."""
+        value, fix = read(self.folder / name, f"{self.fix} --redo"), f"{self.fix} --redo"
+        if shape:
+            found, expected = f"{value.dtype} {list(value.shape)}", f"{dtype} {list(shape)}"
+            free = [size if wanted is None else wanted for wanted, size in zip(shape, value.shape)]  # noqa: B905
+            if len(shape) != value.ndim or found != f"{dtype} {free}":
+                raise ContractError(f"{self.folder / name}: unexpected shape or dtype", expected, found, fix)
+        return value
 
 
-def processes():
-    """How many processes torchrun started, 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+class Output:
+    """A folder below work/<data set> that this run makes.
 
-
-def take_gpu(device):
-    """Gives each of the processes that torchrun started a GPU of its own: what "cuda" means from here on."""
-    local, there = int(os.environ.get("LOCAL_RANK", rank())), torch.cuda.device_count()
-    if device != "cuda" or local >= there:
-        raise ContractError(
-            f"{processes()} processes take a GPU each\n  expected: --device cuda, and as many GPUs\n"
-            f"  found:    --device {device}, and {there}"
-        )
-    torch.cuda.set_device(local)
-
-
-def decide(folder, identity, wanted, args, cost, derived):
-    """What `begin` does, for one process at a time."""
-    number = identity["stage"].split("_")[0]
-    place, old, notes = settle(folder, identity, wanted, args)
-    if old:  # the folder grows by classes; what was automatic stays what it was
-        there = {part for path in place.rglob("*") for part in (path.stem, path.parent.name)}
-        identity["classes"] = {**{c: h for c, h in old["classes"].items() if c in there}, **identity["classes"]}
-        identity["parameters"].update({name: old["parameters"][name] for name in identity["automatic"]})
-        identity.setdefault("accepted code", old.get("accepted code", []))
-    identity.setdefault("accepted code", [])
-    del identity["automatic"]
-
-    device = identity["parameters"].get("device", "cpu")
-    manifest = read_json(place / "manifest.json") if place else None
-    changed = changed_files(place, manifest, derived, args) if place else []
-    if changed and not (args.redo or args.dry_run):
-        name, expected, found = changed[0]
-        raise ContractError(
-            f"{folder / name} has changed since it was made ({len(changed)} changed in all)\n"
-            f"  expected: sha256 {expected}\n  found:    sha256 {found}\n  to make it again: {again()}"
-        )
-    redo = ({name for name, *_ in changed} or set(wanted)) if args.redo else set()
-    missing = [name for name in wanted if name in redo or place is None or not (place / name).is_file()]
-    complete = manifest and not missing and not redo and {*wanted} <= {*manifest["outputs"]}
-    complete = complete and manifest["identity"] == identity
-    if args.dry_run:
-        what, items, seconds, size, machine = cost
-        share = len(missing) / max(1, len(wanted))
-        done = f"{round(items * (1 - share)):,} of {items:,} {what}"
-        rest = f"; about {seconds * share / 3600:.2g} h on {machine}, {size * share / 1e9:.2g} GB to write"
-        print(f"{number} {'; '.join([*notes, f'fresh: {folder}' if complete else done + rest])}")
-        return None, identity
-    if complete:
-        (folder / EARLIER).unlink(missing_ok=True)
-        say(f"{number} fresh: {folder}")
-        return None, identity
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ContractError(f"{folder} was begun on {device}, and there is no such device here\n  type --device cpu")
-    if device.startswith("cuda") and processes() > 1:
-        take_gpu(device)
-
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_temporaries(folder.rglob(".tmp-*"))
-    remove_temporaries(work_folder(args).glob(".tmp-*"))
-    for name in redo:
-        (folder / name).unlink(missing_ok=True)
-    if manifest:  # not complete any more; what it lists is remembered
-        os.replace(folder / "manifest.json", folder / EARLIER)
-    write_json(folder / "identity.json", {**identity, "sha256": digest(identity)})
-    open_log(folder, identity)
-    if "threads" in identity["parameters"]:
-        torch.set_num_threads(identity["parameters"]["threads"])
-    begin.started = time.monotonic()
-    return missing, identity
-
-
-def settle(folder, identity, wanted, args):
-    """Puts a stale folder aside and takes one of this identity back. Returns (folder or None, its identity, notes).
-
-    With --dry-run nothing is moved: the folder returned is the one that would be used.
+    parameters: {name: value} that decide bytes; device, dtype may be None, automatic. inputs: {name: hash}.
+    wanted: the files to make. derived: those written anew whenever others are. shared: torchrun may share it.
+    Afterwards `todo` is the set of files to make, empty when the folder is fresh and with --dry-run; `device`
+    and `dtype` are those to use. A stale folder is renamed to <name>.old-<n>, never deleted.
     """
-    number, notes = identity["stage"].split("_")[0], []
 
-    def note(text):
-        notes.append(text)
-        if not args.dry_run:
-            say(f"{number} {text}")
+    def __init__(self, args, folder, parameters, inputs, wanted, derived=(), shared=False):
+        self.args, self.folder, self.started = args, args.work_dir / args.dataset / folder, time.monotonic()
+        self.cost, self.wanted, self.derived = args.estimate[Path(folder).parts[0]], wanted, derived
+        if WORLD > 1 and not shared:
+            raise ContractError(f"{args.script.name} runs in one process", fix="type it without torchrun")
+        spec = {name: args.spec[name] for name in ("size", "resize", "side")}
+        values = {**spec, **parameters, "dataset": args.dataset, "seed": args.seed}
+        self.identity = {"parameters": values, "inputs": inputs, "code": code_identity(args.script)}
+        self.identity = json.loads(json.dumps(self.identity))  # tuples become lists
+        self.todo = self.record = None
+        if RANK == 0:
+            self.begin()
+        if WORLD > 1:  # what the first process has decided
+            self.todo, self.record = gather((self.todo, self.record))[0]
+        kind = self.record["parameters"].get("device", "cpu")
+        self.dtype = getattr(torch, self.record["parameters"].get("dtype", "float32"))
+        self.device = torch.device(args.device if args.device and kind == "cuda" else kind)
+        if kind == "cuda" and WORLD > 1:  # a GPU for each process
+            self.device = torch.device("cuda", int(LAUNCHED["LOCAL_RANK"]))
 
-    def put_aside(what):
-        aside, count = None, 0
-        while aside is None or aside.exists():
-            aside = folder.with_name(f"{folder.name}.old-{digest([what, count] if count else what)[:8]}")
-            count += 1
-        if not args.dry_run:
-            os.rename(folder, aside)
-            say(f"{number} the folder is kept as {aside.name}")
+    def begin(self):
+        """Decides what is to be made, by one process; with --dry-run it only says so."""
+        args, dry, values, reasons = self.args, self.args.dry_run, self.identity["parameters"], []
+        if not dry:
+            name = self.folder.relative_to(args.work_dir).as_posix().replace("/", "--")
+            lock = args.work_dir / ".cache" / f"{name}.lock"
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            self.lock = filelock.FileLock(lock)  # held until this process ends
+            try:
+                self.lock.acquire(timeout=0)
+            except filelock.Timeout:
+                raise ContractError(f"another run is at work in {self.folder}", fix="wait") from None
+        try:
+            old = read_record(self.folder, "the same command with --redo")
+        except ContractError:
+            if not args.redo:
+                raise
+            old, reasons = None, ["manifest.json is damaged"]
+        for name in ("device", "dtype"):
+            if name in values and values[name] is None:  # automatic: what was made elsewhere stays fresh
+                values[name] = old["parameters"][name] if old else automatic(name, args.device)
+        if "device" in values:
+            values["device"] = values["device"].split(":")[0]
+        if old:
+            reasons = differences(old, self.identity)
+        elif any(path.is_file() and path.name[:5] != ".tmp-" for path in self.folder.rglob("*")):
+            reasons = reasons or ["files without manifest.json"]
+        text = "; ".join(reasons[:5]) + f" and {len(reasons) - 5} more" * (len(reasons) > 5)
+        notes, kept = [], old["kept"] if old else []
+        if reasons and old and args.keep:
+            notes, kept = [f"kept although {text}"], [*kept, reasons]
+        elif reasons:
+            numbered = (self.folder.with_name(f"{self.folder.name}.old-{n}") for n in range(1, 10**6))
+            aside, old, notes = next(path for path in numbered if not path.exists()), None, [f"stale: {text}"]
+            if not dry:
+                os.rename(self.folder, aside)
+                notes += [f"the old folder is kept as {aside.name}"]
 
-    def made(label):
-        names = [name for name in wanted if label in (Path(name).stem, Path(name).parent.name)]
-        return any((folder / name).is_file() for name in names)
-
-    try:
-        old = recorded_identity(folder)
-    except ContractError:
-        if not args.redo:
-            raise
-        put_aside([path.read_bytes().hex() for path in sorted(folder.glob("*.json"))])
-        old = None
-    if old:
-        reasons = differences(old, identity, made)
-        if not reasons:
-            return folder, old, notes
-        shown = [text for kind, text in sorted(reasons, key=lambda reason: reason[0] == "code")]  # values first
-        more = f"; and {len(shown) - MOST_REASONS} more" if len(shown) > MOST_REASONS else ""
-        texts = "; ".join(shown[:MOST_REASONS]) + more
-        if args.accept_code and all(kind == "code" for kind, _ in reasons):
-            note(f"accepted: {texts}")
-            identity["accepted code"] = [*old.get("accepted code", []), digest(old["code"])[:8]]
-            return folder, old, notes
-        note(f"stale: {texts}")
-        put_aside(old)
-    for kept in sorted(folder.parent.iterdir()) if folder.parent.is_dir() else []:
-        if kept.name.startswith(folder.name + ".old-"):
-            with contextlib.suppress(ContractError):  # a damaged one stays aside
-                old = recorded_identity(kept)
-                if old and not differences(old, identity):
-                    note(f"taken back from {kept.name}")
-                    if args.dry_run:
-                        return kept, old, notes
-                    if folder.exists():  # begun and killed before its identity was written
-                        remove_temporaries(folder.glob(".tmp-*"))
-                        folder.rmdir()
-                    os.rename(kept, folder)
-                    return folder, old, notes
-    return None, None, notes
-
-
-def recorded_identity(folder):
-    """The identity of a folder, None when there is none; ContractError when it or the manifest was changed."""
-    if not (folder / "identity.json").exists() and not (folder / "manifest.json").exists():
-        return None
-    try:
-        found = read_json(folder / "identity.json") or {}
-        body = {k: v for k, v in found.items() if k != "sha256"}
-        same = found.get("sha256") == digest(body)
-    except (ContractError, AttributeError):
-        same = False
-    if (folder / "manifest.json").exists():
-        same = checked_manifest(folder / "manifest.json", again())["identity"] == body if same else False
-    elif (folder / EARLIER).exists():
-        checked_manifest(folder / EARLIER, again())
-    if not same:
-        raise ContractError(
-            f"{folder / 'identity.json'} has changed since it was written\n  expected: what it was written as\n"
-            f"  found:    something else\n  to make it again: {again()}"
-        )
-    return body
-
-
-def checked_manifest(path, mend):
-    """A manifest; ContractError when it was changed since it was written."""
-    try:
-        manifest = read_json(path)
-        body = {k: v for k, v in manifest.items() if k != "sha256"}
-        expected, found = manifest.get("sha256"), digest(body)
-    except (ContractError, AttributeError):
-        expected, found = "JSON", "no JSON object"
-    if expected != found:
-        raise ContractError(
-            f"{path} has changed since it was written\n  expected: sha256 {expected}\n"
-            f"  found:    sha256 {found}\n  to make it again: {mend}"
-        )
-    return manifest
-
-
-def changed_files(folder, manifest, derived, args):
-    """[(name, expected sha256, found sha256)] of the outputs that have changed since the manifest was written.
-
-    A folder that was being extended has the manifest of before, in which the derived outputs may be older.
-    """
-    hashes, changed = Hashes(args.work_dir), []
-    earlier = manifest or read_json(folder / EARLIER)
-    for name, entry in earlier["outputs"].items() if earlier else ():
-        if (folder / name).is_file() and (manifest or name not in derived):
-            found = hashes(folder / name)
-            if found != entry["sha256"]:
-                changed.append((name, entry["sha256"], found))
-    hashes.save()
-    return changed
-
-
-def again(*extra):
-    """This run's own command with more options, --redo if none are given."""
-    words = [word for word in sys.argv[1:] if word not in ("--dry-run", "--redo")]
-    return shlex.join([python(), own_name(), *words, *map(str, extra or ["--redo"])])
-
-
-def remove_temporaries(paths):
-    """Removes what a killed run left behind; files of a run of this script that is alive stay."""
-    for path in paths:
-        running = Path("/proc", path.name.split("-")[1], "cmdline")
-        alive = running.exists() and Path(sys.argv[0]).name.encode() in running.read_bytes()
-        if not alive or running.parent.name == str(os.getpid()):
+        outputs, inputs = (old["outputs"], old["inputs"]) if old else ({}, {})
+        there = [name for name in self.wanted if old and (self.folder / name).is_file()]
+        known = [name for name in there if name in outputs]
+        changed = [name for name in known if sha256(self.folder / name) != outputs[name]["sha256"]]
+        if changed and not (args.redo or dry):
+            what = f"{self.folder / changed[0]} has changed since it was made ({len(changed)} in all)"
+            expected, found = f"sha256 {outputs[changed[0]]['sha256']}", sha256(self.folder / changed[0])
+            raise ContractError(what, expected, found, "the same command with --redo")
+        redo = set(changed or self.wanted) if args.redo else set()
+        todo = {*self.wanted} - {*there} | redo
+        self.record = {**(old or {}), **self.identity, "kept": kept}
+        self.record["inputs"] = {**inputs, **self.identity["inputs"]}
+        fresh = old and old["complete"] and not todo and outputs.keys() >= {*self.wanted}
+        if fresh or dry:
+            notes += [f"fresh: {self.folder}" if fresh else plan(self.cost, len(todo) / len(self.wanted))]
+        if notes:
+            print(f"{args.number} {'; '.join(notes)}", flush=True)
+        self.todo = set() if dry or fresh else todo | {*self.derived, "manifest.json"}
+        if dry or (fresh and kept == old["kept"]):
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        killed = [path for path in self.folder.rglob(".tmp-*") if re.match(r"\.tmp-\d+-", path.name)]
+        for path in [*killed, *(self.folder / name for name in redo)]:
             path.unlink(missing_ok=True)
+        self.record["outputs"] = {name: entry for name, entry in outputs.items() if name not in self.todo}
+        self.record["complete"] = bool(fresh)
+        save(self.folder / "manifest.json", self.record)
+        self.log(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(sys.argv)}", shown=False)
+
+    def mine(self, items, files):
+        """The items that are left for this process. files(item): the names of an item's files."""
+        return [item for item in items[RANK::WORLD] if self.todo & {*files(item)}]
+
+    def log(self, text, shown=True):
+        """Adds a line to log.txt, and prints it."""
+        if shown and RANK == 0:
+            print(text, flush=True)
+        with open(self.folder / "log.txt", "a", encoding="utf-8") as log:
+            log.write(text + "\n")
+
+    def finish(self):
+        """Writes the record, last of all, with bytes and sha256 of every output."""
+        gather() if WORLD > 1 else None
+        if RANK > 0 or not self.todo:
+            return
+        for name in self.wanted:
+            path = self.folder / name
+            if not path.is_file():
+                raise ContractError(f"{path} was not made", fix="the same command")
+            self.record["outputs"][name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        versions = {"python": sys.version.split()[0]}
+        for package in PACKAGES:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                versions[package] = importlib.metadata.version(package)
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        self.record |= {"complete": True, "versions": versions, "device": device}
+        save(self.folder / "manifest.json", self.record)
+        outputs, seconds = self.record["outputs"].values(), time.monotonic() - self.started
+        size = sum(entry["bytes"] for entry in outputs) / 1e6
+        done = f"{len(outputs)} files, {size:.1f} MB in {self.folder}, {seconds:.0f} s"
+        self.log(f"{self.args.number} done: {done}")
+        self.lock.release()
 
 
-def listed(folder, wanted):
-    """The outputs that the manifest will list: what is asked for, and what it listed before, as far as it is there."""
-    return [name for name in sorted({*known(folder), *wanted}) if (folder / name).is_file()]
-
-
-def known(folder):
-    """The outputs of the last manifest: of before this run, or that another process has just written."""
-    return (read_json(folder / EARLIER) or read_json(folder / "manifest.json") or {"outputs": {}})["outputs"]
-
-
-def finish(folder, identity, wanted, args, packages, kinds=None):
-    """Writes the manifest, the last file: every output with shape, dtype, bytes and sha256. Then timing.json.
-
-    kinds: {path: (shape, dtype)} of the outputs that are no .npy. packages: libraries whose versions are recorded.
-    Of several processes the first one that has found everything complete writes it.
-    """
-    with alone(folder):
-        remove_temporaries(folder.rglob(".tmp-*"))  # of a process that died meanwhile
-        manifest = read_json(folder / "manifest.json")
-        if not manifest or not {*wanted} <= {*manifest["outputs"]}:
-            manifest = write_manifest(folder, identity, wanted, args, packages, kinds)
-    total, seconds = sum(entry["bytes"] for entry in manifest["outputs"].values()), time.monotonic() - begin.started
-    number = identity["stage"].split("_")[0]
-    say(f"{number} done: {len(manifest['outputs'])} files, {total / 1e6:.1f} MB in {folder}, {seconds:.0f} s")
-
-
-def write_manifest(folder, identity, wanted, args, packages, kinds):
-    """Returns the manifest that it writes (see `finish`)."""
-    earlier, hashes, outputs = known(folder), Hashes(args.work_dir), {}
-    for name in listed(folder, wanted):
-        if name.endswith(".npy"):
-            array = np.load(folder / name, mmap_mode="r", allow_pickle=False)
-            shape, dtype = list(array.shape), str(array.dtype)
-        elif name in (kinds or {}):
-            shape, dtype = kinds[name]
-        else:
-            shape, dtype = earlier[name]["shape"], earlier[name]["dtype"]
-        size = (folder / name).stat().st_size
-        outputs[name] = dict(shape=list(shape), dtype=dtype, bytes=size, sha256=hashes(folder / name))
-    versions = {p: importlib.metadata.version(p) for p in ("torch", "numpy", *packages)}
-    versions["python"] = platform.python_version()
-    device = identity["parameters"].get("device", "cpu")
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
-    manifest = dict(schema=SCHEMA, identity=identity, versions=versions, device=name, outputs=outputs)
-    manifest["sha256"] = digest(manifest)
-    seconds = time.monotonic() - begin.started
-    try:
-        runs = list(read_json(folder / "timing.json")["runs"])
-    except (ContractError, TypeError, KeyError):  # not there yet, or edited
-        runs = []
-    write_json(folder / "timing.json", {"runs": [*runs, {"seconds": round(seconds, 2)}]})
-    write_json(folder / "manifest.json", manifest)
-    (folder / EARLIER).unlink(missing_ok=True)
-    hashes.save()
-    return manifest
-
-
-def folder_hash(folder, args):
-    """Content hash of a folder that has no manifest, such as a model's part."""
-    hashes = Hashes(args.work_dir)
-    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-    value = digest({path.relative_to(folder).as_posix(): hashes(path) for path in files})
-    hashes.save()
-    return value
-
-
-def read_folder(folder, args, mend):
-    """The manifest of a complete, undamaged input folder; ContractError names the command that mends it.
-
-    mend: the command that makes it; that of the run that did make it, from its log, is preferred.
-    """
-    mend = made_by(folder, args, mend)
-    if not (folder / "manifest.json").exists():
-        raise ContractError(
-            f"{folder / 'manifest.json'} is missing\n  expected: a complete folder\n  found:    "
-            f"{'an incomplete one' if folder.exists() else 'none'}\n  to make it: {mend}"
-        )
-    mend += " --redo"
-    manifest = checked_manifest(folder / "manifest.json", mend)
-    hashes = Hashes(args.work_dir)
-    for name, entry in manifest["outputs"].items():
-        path = folder / name
-        found = hashes(path) if path.is_file() else "no such file"
-        if found != entry["sha256"]:
-            raise ContractError(
-                f"{path} is damaged\n  expected: sha256 {entry['sha256']}, {entry['bytes']} bytes\n"
-                f"  found:    {found}\n  to make it again: {mend}"
-            )
-    hashes.save()
-    return manifest
-
-
-def made_by(folder, args, mend, *extra):
-    """The command of the last run that made a folder, from its log, with this run's paths; `mend` where there is none.
-
-    extra: options, each with its value, that replace the command's own.
-    """
-    try:
-        text = (folder / "log.txt").read_text("utf-8")
-    except OSError:
-        return mend
-    runs = re.findall(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (.+)$", text, re.M)
-    if not runs:
-        return mend
-    words = [word for word in shlex.split(runs[-1]) if word != "--redo"]
-    extra = ["--work-dir", str(args.work_dir), "--data-root", str(args.data_root), *map(str, extra)]
-    for option, value in zip(extra[::2], extra[1::2], strict=True):
-        at = [i for i, word in enumerate(words) if word.split("=")[0] == option]
-        for i in reversed(at):
-            del words[i : i + (1 if "=" in words[i] else 2)]
-        if at or [option, value] not in (["--work-dir", "work"], ["--data-root", "data"]):
-            words += [option, value]
-    return f"{python()} {shlex.join(words)}"
-
-
-def need(manifest, names, folder, mend):
-    """ContractError when a complete input folder lacks files that this run needs: it was made for less."""
-    missing = [name for name in names if name not in manifest["outputs"]]
-    if missing:
-        raise ContractError(
-            f"{folder / missing[0]} is missing\n  expected: {len(names)} files\n  found:    {len(names) - len(missing)}\n"
-            f"  to make the rest: {mend}"
-        )
-
-
-def content(manifest, names):
-    """Content hash of the files of an input folder that are read: their names and bytes, not how they were made."""
-    return digest({name: manifest["outputs"][name]["sha256"] for name in names})
-
-
-def plan_after(args, number, cost):
-    """--dry-run of a stage whose input is not there yet."""
-    what, items, seconds, size, machine = cost
-    reason = f"after {args.after}" if args.after else "its input is not there yet"
-    print(f"{number} {reason}: 0 of {items:,} {what}; about {seconds / 3600:.2g} h on {machine}, {size / 1e9:.2g} GB to write")
-
-
-def run(main):
-    """Runs a stage's main: a broken contract is one message and exit code 3, no traceback."""
-    try:
-        main()
-    except ContractError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(3)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    finally:
-        if lock.handle:
-            lock.handle.close()  # gives back every lock
-            lock.handle = None
+def automatic(name, device):
+    """The device, a GPU where there is one, or the dtype: bfloat16 where the device computes in it."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "device":
+        return device
+    if device != "cpu":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    cpu = Path("/proc/cpuinfo")
+    return "bfloat16" if cpu.exists() and re.search(r"avx512_bf16|amx_bf16", cpu.read_text()) else "float32"

@@ -1,18 +1,18 @@
 """Draws the demo world: short videos of a figure doing one of eight actions.
 
-The real data sets are gigabytes, so the project carries a world of its own that goes through exactly the same code:
-Xvid .avi files at 25 fps in UCF101's naming, groups and list files. Two classes, SitDown and StandUp, show the same
-poses in opposite order, so that a network which looks at single frames cannot tell them apart.
+The real data sets are gigabytes, so the project carries a world of its own that goes through exactly the same
+code: Xvid .avi files at 25 fps in UCF101's naming, groups and list files. Two classes, SitDown and StandUp,
+show the same poses in opposite order, so that a network which looks at single frames cannot tell them apart.
 
 Reads:   nothing
 Writes:  <data root>/demo/UCF-101/<Class>/v_<Class>_g<GG>_c<CC>.avi   32x32, 40 to 120 frames
          <data root>/demo/ucfTrainTestlist/{classInd,trainlist01,testlist01}.txt
          <data root>/demo/drawn.json   seed and sha256 of the drawing code and of all files: written last
 Run:     python demo/draw_videos.py [--data-root data] [--seed 0]
-         python demo/draw_videos.py --data-root data/validation --validation   to choose settings on: groups 8 to 12, of
-         the training groups, are its test split, and the test clips (groups 1 to 7) are not there
+         python demo/draw_videos.py --data-root data/validation --validation   for choosing settings: the test
+         split is groups 8 to 12, of the training groups; groups 1 to 7 are not drawn
 Cost:    about 20 s on two cores, 6 MB
-Expect:  8 classes, 864 training clips (groups 8 to 25) and 336 test clips (groups 1 to 7); the same bytes for a seed
+Expect:  8 classes, 864 training clips (groups 8 to 25), 336 test clips (groups 1 to 7); a seed's bytes repeat
 """
 
 import argparse
@@ -51,9 +51,9 @@ def smooth(s):
 def pose(action, s, phase, style):
     """The pose at progress `s` (0 to 1 over the clip) and `phase` (radians) of the repeated movement.
 
-    Returns x (figure heights from the middle), the height of the hip above the ground, the lean of the torso and the
-    rotation of the whole figure (radians), and the two angles of each limb (radians from straight down, positive to
-    the front): left and right arm, left and right leg.
+    Returns x (figure heights from the middle), the height of the hip above the ground, the lean of the torso
+    and the rotation of the whole figure (radians), and the two angles of each limb (radians from straight
+    down, positive to the front): left and right arm, left and right leg.
     """
     open_ = (1 - np.cos(phase)) / 2
     x, hip, lean, rotation = 0.0, 2 * LEG, 0.0, 0.0
@@ -135,7 +135,8 @@ def draw_clip(action, group, clip, seed):
     look, rng = generator(seed, action, group), generator(seed, action, group, clip)
     hue, saturation, value = look.uniform(), look.uniform(0.15, 0.5), look.uniform(0.42, 0.6)
     light = look.uniform() < 0.5
-    figure = hsv(look.uniform(), look.uniform(0, 0.35), look.uniform(0.88, 1.0) if light else look.uniform(0.0, 0.14))
+    figure_hue, figure_saturation = look.uniform(), look.uniform(0, 0.35)
+    figure = hsv(figure_hue, figure_saturation, look.uniform(0.88, 1.0) if light else look.uniform(0.0, 0.14))
     hue, value = (hue + rng.normal(0, 0.015)) % 1, value + rng.normal(0, 0.015)
 
     count = int(rng.integers(MIN_FRAMES, MAX_FRAMES + 1))
@@ -144,7 +145,8 @@ def draw_clip(action, group, clip, seed):
     middle = (0.5 + rng.uniform(-0.12, 0.12)) * SIDE
     mirror = -1 if rng.uniform() < 0.5 else 1
     cycles, phase0 = rng.uniform(1.2, 2.4), rng.uniform(0, 2 * np.pi)
-    style = {"turns": rng.uniform(0.8, 1.1), "reach": rng.uniform(0.35, 0.6), "hold": rng.uniform(0.05, 0.3, 2)}
+    turns, reach, hold = rng.uniform(0.8, 1.1), rng.uniform(0.35, 0.6), rng.uniform(0.05, 0.3, 2)
+    style = {"turns": turns, "reach": reach, "hold": hold}
 
     top, bottom = hsv(hue, saturation, value + 0.06), hsv(hue, saturation, value - 0.06)
     rows = np.linspace(0, 1, SIDE * SUPERSAMPLE, dtype=np.float32)[:, None, None]
@@ -225,8 +227,9 @@ def write_lists(root, groups, test_groups):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-root", type=Path, default=Path("data"), help="folder that holds the data sets (data)")
+    kind = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
+    parser.add_argument("--data-root", type=Path, default=Path("data"), help="holds the data sets (data)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the world (0)")
     parser.add_argument("--validation", action="store_true", help="draw the split to choose settings on")
     args = parser.parse_args()
@@ -236,7 +239,8 @@ def main():
     if record.exists():
         try:
             drawn = json.loads(record.read_text())
-            args.validation = args.validation or drawn["identity"]["validation"]  # run_all.sh draws without the option
+            # the driver draws without the option
+            args.validation = args.validation or drawn["identity"]["validation"]
             identity["validation"] = args.validation
             same = drawn["identity"] == identity and all((root / name).is_file() for name in drawn["files"])
         except (ValueError, KeyError, TypeError):  # damaged: drawn again

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Sets up like run_all.sh, then runs ruff and pytest in two processes. Arguments go to pytest: bash tests/run.sh -k mp4
+# Sets up like run_all.sh, then runs ruff and pytest in two processes. Arguments go to pytest: -k mp4
 set -euo pipefail
 cd "$(dirname "$0")/.."
-test_modules="pytest xdist ruff"
+test_modules="pytest xdist ruff datasets"
 . ./setup.sh
 "$python" -m ruff check .
 "$python" -m ruff format --check .

@@ -1,31 +1,30 @@
 """Stages 02 and 04: every clustering and distance of appendix C, every composition of appendix D.3."""
 
+import contract  # isort: skip
+
 import warnings
 
 import numpy as np
 import pytest
-from conftest import CLASSES, load_stage
+from conftest import load
 
-import contract
+import common
 
 CLUSTERS = ("direct", "real-video", "dummy-video", "herding", "gmm")
 
 
 def videos(count=40, groups=5, seed=0, size=4):
-    """Latents float16 [count, 16, 4, size, size] in loose groups, away from the origin, as real latents are."""
+    """Latents float16 [count, 16, 4, size, size] in loose groups away from the origin, as real latents."""
     rng = np.random.default_rng(seed)
     centres = rng.normal(0.5, 1, (groups, 16, 4, size, size))
-    return (centres[rng.integers(0, groups, count)] + rng.normal(0, 1, (count, 16, 4, size, size))).astype(np.float16)
+    return (centres[rng.integers(0, groups, count)] + rng.normal(0, 1, (count, 16, 4, size, size))).astype(
+        np.float16
+    )
 
 
 @pytest.fixture
 def stage():
-    return load_stage("02")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Stage 02
-# ---------------------------------------------------------------------------------------------------------------------
+    return load("02")
 
 
 @pytest.mark.parametrize("distance", ["euclidean", "cosine"])
@@ -59,15 +58,12 @@ def test_kmeans_has_the_inertia_of_the_library_on_raw_features(stage, distance, 
 
 
 def test_frobenius_of_videos_is_euclidean_of_flattened_ones(stage):
-    """A video is 16 * 4 matrices h x w; the squares of their Frobenius norms add up to the square of the flat norm."""
+    """A video is 16 * 4 matrices h x w: their squared Frobenius norms sum to the square of the flat norm."""
     latents = videos(12)
     difference = (latents[:, None].astype(np.float64) - latents).reshape(-1, 64, 4, 4)
     frobenius = np.sqrt(np.square(np.linalg.norm(difference, "fro", axis=(2, 3))).sum(1))
     euclidean = np.linalg.norm(difference.reshape(len(difference), -1), axis=1)
     assert np.abs(frobenius - euclidean).max() < 1e-12 * euclidean.max() and euclidean.max() > 1
-    for cluster in CLUSTERS:
-        one, two = (stage.prototypes_of(latents, 3, 0, "Walk", cluster, d) for d in ("frobenius", "euclidean"))
-        assert all((a == b).all() for a, b in zip(one, two, strict=True))
 
 
 def test_cosine_looks_at_directions_alone(stage):
@@ -102,7 +98,9 @@ def test_prototypes_are_what_appendix_c_says(stage, cluster, distance):
         else:  # a real video, with its motion; of its own cluster
             (found,) = np.flatnonzero([(z == prototypes[k]).all() for z in latents])
             assert clusters[found] == k
-    if cluster == "real-video" and distance == "euclidean":  # nearest to the centre in the first frame, of all members
+    if (
+        cluster == "real-video" and distance == "euclidean"
+    ):  # nearest to the centre in the first frame, of all members
         for k in range(4):
             first = latents[clusters == k, 0].reshape(-1, 64).astype(np.float64)
             nearest = np.linalg.norm(first - first.mean(0), axis=1).argmin()
@@ -118,7 +116,10 @@ def test_first_frame_clusterings_look_at_the_first_frame_alone(stage):
     other = latents.copy()
     other[:, 1:] = videos(seed=9)[:, 1:]
     for cluster in ("real-video", "dummy-video"):
-        a, b = stage.prototypes_of(latents, 4, 0, "Walk", cluster), stage.prototypes_of(other, 4, 0, "Walk", cluster)
+        a, b = (
+            stage.prototypes_of(latents, 4, 0, "Walk", cluster),
+            stage.prototypes_of(other, 4, 0, "Walk", cluster),
+        )
         assert (a[1] == b[1]).all() and (a[2] == b[2]).all()
         assert (a[0] == b[0]).all() == (cluster == "dummy-video")
 
@@ -128,7 +129,10 @@ def test_herding_is_greedy_in_the_mean(stage):
     flat = latents.reshape(12, -1).astype(np.float64)
     chosen = []
     for count in range(1, 6):
-        away = [np.linalg.norm(flat[[*chosen, i]].mean(0) - flat.mean(0)) if i not in chosen else np.inf for i in range(12)]
+        away = [
+            np.linalg.norm(flat[[*chosen, i]].mean(0) - flat.mean(0)) if i not in chosen else np.inf
+            for i in range(12)
+        ]
         chosen.append(int(np.argmin(away)))
         prototypes, clusters, _ = stage.prototypes_of(latents, count, 0, "Walk", "herding")
         assert (prototypes == latents[chosen]).all() and clusters[chosen].tolist() == list(range(count))
@@ -137,9 +141,11 @@ def test_herding_is_greedy_in_the_mean(stage):
 
 
 def test_gmm_is_a_mixture_of_spherical_gaussians(stage):
-    """A tight and a wide cloud at one distance: k-means cuts in the middle between them, the mixture nearer to the tight."""
+    """A tight and a wide cloud: k-means cuts midway between them, the mixture nearer to the tight one."""
     rng = np.random.default_rng(0)
-    latents = np.concatenate([rng.normal(0, 0.02, (30, 16, 4, 2, 2)), rng.normal(0, 1, (30, 16, 4, 2, 2))]).astype(np.float16)
+    latents = np.concatenate(
+        [rng.normal(0, 0.02, (30, 16, 4, 2, 2)), rng.normal(0, 1, (30, 16, 4, 2, 2))]
+    ).astype(np.float16)
     latents[30:, 0, 0] += 3
     _, clusters, _ = stage.prototypes_of(latents, 2, 0, "Walk", "gmm")
     assert clusters.tolist() == [0] * 30 + [1] * 30
@@ -176,7 +182,7 @@ def test_equal_prototypes_are_an_error(stage):
     for i in range(0, 44, 4):
         flat[i, :4], flat[i + 2, :4] = rng.integers(-8, 9, 4), rng.integers(-300, 301, 4)
         flat[i + 1], flat[i + 3] = -flat[i], -flat[i + 2]
-    with pytest.raises(contract.ContractError, match="Walk: two of its prototypes are the same"):
+    with pytest.raises(contract.ContractError, match="Walk: two prototypes are equal"):
         stage.prototypes_of(latents, 2, 1, "Walk", "gmm")
 
 
@@ -187,7 +193,9 @@ def test_empty_components_and_endless_fits_are_errors(stage, monkeypatch):
     monkeypatch.setattr(stage, "mixture", lambda points, *_: np.array([0, 0, 2, 2, 0, 0, 2, 2]))
     with pytest.raises(contract.ContractError, match="Walk: only 2 of 3 clusters have members(.|\n)*--seed"):
         stage.prototypes_of(latents, 3, 0, "Walk", "gmm")
-    monkeypatch.setattr(stage, "mixture", lambda *_: warnings.warn("did not converge", ConvergenceWarning, stacklevel=1))
+    monkeypatch.setattr(
+        stage, "mixture", lambda *_: warnings.warn("did not converge", ConvergenceWarning, stacklevel=1)
+    )
     with pytest.raises(contract.ContractError, match="Walk: did not converge(.|\n)*--seed"):
         stage.prototypes_of(latents, 3, 0, "Walk", "gmm")
 
@@ -203,26 +211,34 @@ def test_clusters_do_not_depend_on_the_number_of_threads(stage):
         assert all(a.tobytes() == b.tobytes() for a, b in zip(one, two, strict=True))
 
 
-def test_every_clustering_has_a_folder_of_its_own(place):
+def test_every_clustering_has_a_folder_of_its_own(latents, tmp_path):
+    place = latents.copy(tmp_path / "work")
     for words, name in (
         (["--cluster", "real-video"], "real-video"),
         (["--cluster", "gmm", "--distance", "cosine"], "gmm-cosine"),
-        (["--distance", "frobenius"], "direct-frobenius"),
     ):
         code, text = place.run("02", *words)
         assert code == 0 and f"02_prototypes/ipc2/{name}," in text and "stale" not in text, text
-    root = place.work / "demo/02_prototypes/ipc2"
-    assert sorted(path.name for path in root.iterdir()) == ["direct", "direct-frobenius", "gmm-cosine", "real-video"]
-    for label in CLASSES:
-        assert (root / f"direct-frobenius/{label}.npy").read_bytes() == (root / f"direct/{label}.npy").read_bytes()
     code, text = place.run("02", "--name", "direct", "--cluster", "herding", "--dry-run")
     assert "cluster direct -> herding" in text, text
     assert place.run("03", "--prototypes", "real-video", "--dry-run")[0] == 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Stage 04
-# ---------------------------------------------------------------------------------------------------------------------
+def test_ten_starts_of_kmeans(stage):
+    """In these loose groups one start ends in a worse optimum than the best of ten: N_INIT counts."""
+    from sklearn.cluster import KMeans
+
+    found = []
+    for seed in range(8):
+        latents = videos(60, groups=12, seed=seed)
+        flat = latents.reshape(len(latents), -1).astype(np.float64)
+        _, _, distances = stage.prototypes_of(latents, 12, seed, "Walk")
+        best = KMeans(12, n_init=10, random_state=seed).fit(flat).inertia_
+        one = KMeans(12, n_init=1, random_state=seed).fit(flat).inertia_
+        found.append((np.square(distances).sum() / best, one / best))
+    ours, one = np.mean(found, axis=0)
+    assert ours < 1.005 and one > 1.02
+
 
 COUNTS = {"4x4": [4] * 4, "8x2": [2] * 8, "3-3-3-3-2-2": [3, 3, 3, 3, 2, 2], "2x8": [8] * 2, "1x16": [16]}
 
@@ -231,7 +247,7 @@ COUNTS = {"4x4": [4] * 4, "8x2": [2] * 8, "3-3-3-3-2-2": [3, 3, 3, 3, 2, 2], "2x
 @pytest.mark.parametrize("frames", ["random", "continuous"])
 @pytest.mark.parametrize("grouping", ["random", "in-order"])
 def test_every_composition_uses_every_video_once(pattern, frames, grouping):
-    stage = load_stage("04")
+    stage = load("04")
     plan = stage.compose_plan("Walk", 5, 0, pattern, frames, grouping)
     counts, size = COUNTS[pattern], len(COUNTS[pattern])
     used = [sample for group in plan for sample, _ in group]
@@ -246,69 +262,67 @@ def test_every_composition_uses_every_video_once(pattern, frames, grouping):
             assert numbers == sorted({*numbers}) and numbers[0] >= 0 and numbers[-1] < 16
             steps |= {b - a for a, b in zip(numbers, numbers[1:], strict=False)}
     assert (steps == {1}) == (frames == "continuous" or pattern == "1x16")
-    assert stage.compose_plan("Walk", 5, 1, pattern, frames, grouping) != plan or (pattern == "1x16" and used == every)
+    assert stage.compose_plan("Walk", 5, 1, pattern, frames, grouping) != plan or (
+        pattern == "1x16" and used == every
+    )
 
 
 def test_continuous_frames_begin_everywhere():
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    starts = [load_stage("04").draw_frames(4, "continuous", generator)[0] for _ in range(1000)]
+    starts = [load("04").draw_frames(4, "continuous", generator)[0] for _ in range(1000)]
     assert sorted({*starts}) == list(range(13)) and min(starts.count(start) for start in range(13)) > 40
 
 
 def test_the_default_composition_is_what_it_was():
-    assert load_stage("04").compose_plan("Walk", 2, 0) == [
+    assert load("04").compose_plan("Walk", 2, 0) == [
         [("1_0", [5, 8, 12, 13]), ("0_0", [0, 3, 5, 6]), ("0_1", [2, 6, 10, 14]), ("1_1", [2, 3, 5, 15])],
         [("1_3", [2, 7, 10, 14]), ("0_3", [0, 2, 5, 8]), ("1_2", [0, 1, 2, 9]), ("0_2", [3, 4, 11, 14])],
     ]
 
 
-def test_more_sources_ask_for_more_draws_and_name_the_command(place):
-    """8x2 takes draws 0 to 7, of which 03 has made four; what 03 had is kept, and so is the default composition."""
-    import shlex
-    import subprocess
-    import sys
-
-    before = place.files()
+def test_more_sources_ask_for_more_draws_and_name_the_command(sampled, tmp_path):
+    """8x2 takes draws 0 to 7, of which 03 has made four; what 03 has made is kept."""
+    place = sampled.copy(tmp_path / "work")
     code, text = place.run("04", "--pattern", "8x2")
-    assert code == 3 and "Walk/0_4.mp4 is missing" in text and "expected: 32 files" in text, text
-    (line,) = [line for line in text.splitlines() if "to make the rest:" in line]
-    words = shlex.split(line.split("to make the rest:")[1])
-    assert words[1] == "03_guided_sample.py" and words[-4:] == ["--draws", "8", "--classes", ",".join(CLASSES)], words
-    code, text = place.run("04", "--pattern", "8x2", "--classes", "Wave")
-    assert code == 3 and "--draws 8 --classes Wave\n" in text and text.count("--classes") == 1, text
-    run = subprocess.run([sys.executable, *words[1:]], cwd=contract.COMMON.parent, capture_output=True, text=True)
-    assert run.returncode == 0 and "stale" not in run.stdout, run.stdout + run.stderr
+    assert code == 3 and "Walk/0_4.mp4 is missing" in text, text
+    assert "03_guided_sample.py demo 2 " in text and "--draws 8" in text, text
+    assert place.run("03", "--draws", 8)[0] == 0
     code, text = place.run("04", "--pattern", "8x2")
     assert code == 0 and "04_distilled/ipc2/gvd-8x2," in text and "stale" not in text, text
-    code, text = place.run("04")
-    assert code == 0 and "04 fresh" in text, text
-    now = place.files()
-    manifest = "demo/03_samples/ipc2/gvd/manifest.json"
-    assert {name: now[name] for name in before if name != manifest} == {k: v for k, v in before.items() if k != manifest}
+    assert "04 fresh" in place.run("04")[1]
+    before, now = sampled.files(), place.files()
+    del before["demo/03_samples/ipc2/gvd/manifest.json"]
+    assert {name: now[name] for name in before} == before
 
 
-def test_every_composition_has_a_folder_of_its_own(place):
-    import common
-
+def test_every_composition_has_a_folder_of_its_own(sampled, tmp_path):
+    place = sampled.copy(tmp_path / "work")
     variants = {
         "gvd-2x8": ["--pattern", "2x8"],
         "gvd-1x16": ["--pattern", "1x16"],
         "gvd-continuous": ["--frames", "continuous"],
         "gvd-in-order": ["--grouping", "in-order"],
-        "gvd-2x8-continuous-in-order": ["--pattern", "2x8", "--frames", "continuous", "--grouping", "in-order"],
+        "gvd-2x8-continuous-in-order": [
+            "--pattern",
+            "2x8",
+            "--frames",
+            "continuous",
+            "--grouping",
+            "in-order",
+        ],
     }
     for words in variants.values():
         code, text = place.run("04", *words)
         assert code == 0 and "stale" not in text, text
     root = place.work / "demo/04_distilled/ipc2"
     assert sorted(path.name for path in root.iterdir()) == sorted(["gvd", *variants])
-    rows = common.read_csv(root / "gvd-2x8-continuous-in-order/metadata.csv")
+    rows = contract.read(root / "gvd-2x8-continuous-in-order/metadata.csv")
     assert [row["sources"] for row in rows] == ["0_0 0_1", "1_0 1_1"] * 2
     assert all(len(row["frames"].split(" ")) == 2 for row in rows)
     whole = common.read_video(place.work / "demo/03_samples/ipc2/gvd/Walk/0_0.mp4")
-    rows = common.read_csv(root / "gvd-1x16/metadata.csv")
+    rows = contract.read(root / "gvd-1x16/metadata.csv")
     assert rows[0]["frames"] == "-".join(map(str, range(16)))
     (index,) = [i for i, row in enumerate(rows) if (row["label"], row["sources"]) == ("Walk", "0_0")]
     composed = common.read_video(root / f"gvd-1x16/Walk/{index}.mp4")

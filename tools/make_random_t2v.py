@@ -1,14 +1,16 @@
 """Writes a text-to-video model with exactly the published configuration and random weights.
 
-The weights of ali-vilab/text-to-video-ms-1.7b cannot be had everywhere. On this folder every stage, the benchmark and the
-fine-tuning do at full size what they would do on those, in the same time and memory; the videos are noise.
+The weights of ali-vilab/text-to-video-ms-1.7b are not at hand everywhere. On this folder every stage, the
+benchmark and the fine-tuning do at full size what they would do on those, in the same time and memory; the
+videos are noise.
 
 Writes:  FOLDER/{vae,text_encoder,tokenizer,unet,scheduler}, model_index.json: 3.7 GB
 Run:     python tools/make_random_t2v.py random_t2v
          python 01_encode_latents.py hmdb51 --model random_t2v
          python 03_guided_sample.py hmdb51 1 --model random_t2v --unet published
-Cost:    40 s on two CPU cores, 3.2 GB of memory: one part at a time. The commands above with --classes, --limit 1, --draws 1,
-         --steps 2 and --dtype bfloat16, for one video, on two busy cores: 140 s and 510 s, 5.4 and 10.4 GB of memory
+Cost:    40 s on two CPU cores, 3.2 GB of memory: one part at a time. The commands above for one video
+         (--classes, --limit 1, --draws 1, --steps 2, --dtype bfloat16), on two busy cores: 140 s and 510 s,
+         5.4 and 10.4 GB of memory
 Expect:  1,411,233,860 weights in the U-Net, 83,653,863 in the VAE, 340,387,840 in the text encoder
 Differs: without --tokenizer, CLIP's vocabulary is replaced by one of single characters at the same size
 """
@@ -20,61 +22,33 @@ import shutil
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import contract  # noqa: E402
+import contract  # noqa: E402  isort: skip
+import torch  # noqa: E402
 
 UNET = dict(
-    sample_size=32,
-    in_channels=4,
-    out_channels=4,
+    sample_size=32, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280, 1280),
     down_block_types=("CrossAttnDownBlock3D",) * 3 + ("DownBlock3D",),
     up_block_types=("UpBlock3D",) + ("CrossAttnUpBlock3D",) * 3,
-    block_out_channels=(320, 640, 1280, 1280),
-    layers_per_block=2,
-    norm_num_groups=32,
-    cross_attention_dim=1024,
-    attention_head_dim=64,
-)
+    layers_per_block=2, norm_num_groups=32, cross_attention_dim=1024, attention_head_dim=64,
+)  # fmt: skip
 VAE = dict(
-    sample_size=512,
-    in_channels=3,
-    out_channels=3,
-    down_block_types=("DownEncoderBlock2D",) * 4,
-    up_block_types=("UpDecoderBlock2D",) * 4,
-    block_out_channels=(128, 256, 512, 512),
-    layers_per_block=2,
-    latent_channels=4,
-    norm_num_groups=32,
-    scaling_factor=0.18215,
-)
+    sample_size=512, in_channels=3, out_channels=3, block_out_channels=(128, 256, 512, 512),
+    down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    layers_per_block=2, norm_num_groups=32, latent_channels=4, scaling_factor=0.18215,
+)  # fmt: skip
 TEXT_ENCODER = dict(
-    vocab_size=49408,
-    hidden_size=1024,
-    intermediate_size=4096,
-    num_hidden_layers=23,
-    num_attention_heads=16,
-    max_position_embeddings=77,
-    hidden_act="gelu",
-    bos_token_id=49406,
-    eos_token_id=49407,
-    pad_token_id=49407,
-)
+    vocab_size=49408, hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16,
+    max_position_embeddings=77, hidden_act="gelu", bos_token_id=49406, eos_token_id=49407, pad_token_id=49407,
+)  # fmt: skip
 SCHEDULER = dict(
-    num_train_timesteps=1000,
-    beta_start=0.00085,
-    beta_end=0.012,
-    beta_schedule="scaled_linear",
-    clip_sample=False,
-    set_alpha_to_one=False,
-    steps_offset=1,
-    prediction_type="epsilon",
-)
+    num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+    clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type="epsilon",
+)  # fmt: skip
 
 
 def make(part):
-    """A network of the published configuration without memory for its weights. part: unet, vae or text_encoder."""
+    """unet, vae or text_encoder of the published configuration, without memory for its weights."""
     from diffusers import AutoencoderKL, UNet3DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -86,7 +60,7 @@ def make(part):
 
 @torch.no_grad()
 def write_network(network, folder, dtype, seed):
-    """Gives a network from `make` random weights that keep activations near 1 and writes it; returns their number."""
+    """Writes a network of `make` with random weights that keep activations near 1; returns their number."""
     network = torch.nn.Module.to(network, dtype).to_empty(device="cpu")  # diffusers' own warns about nothing
     for name, p in network.named_parameters():
         if p.ndim == 1:
@@ -99,7 +73,7 @@ def write_network(network, folder, dtype, seed):
 
 
 def write_tokenizer(folder):
-    """CLIP's tokenizer with single bytes alone, every other entry of its vocabulary unused."""
+    """CLIP's tokenizer with single bytes alone; every other entry of its vocabulary is unused."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
 
@@ -112,11 +86,13 @@ def write_tokenizer(folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="folder to write; must not exist")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="of the weights (bfloat16)")
-    parser.add_argument("--tokenizer", type=Path, help="folder of CLIP's tokenizer, to be copied (single characters)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the weights (0)")
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    add, dtypes = parser.add_argument, ("bfloat16", "float16")
+    add("folder", type=Path, help="folder to write; must not exist")
+    add("--dtype", choices=dtypes, default="bfloat16", help="of the weights (bfloat16)")
+    add("--tokenizer", type=Path, help="folder of CLIP's tokenizer, to be copied (single characters)")
+    add("--seed", type=int, default=0, help="seed of the weights (0)")
     args = parser.parse_args()
     if args.folder.exists():
         parser.error(f"{args.folder} exists")

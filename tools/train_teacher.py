@@ -1,17 +1,17 @@
-"""Fits a VideoMAE to a data set that has no published one: teacher of soft labels (section 3.5), features of the metrics.
+"""Fits a VideoMAE to a data set that has no published one: the teacher of soft labels (section 3.5).
 
-The classifier of a VideoMAE fine-tuned on Kinetics-400 is replaced by a logistic regression on its features of the
-data set's training clips, plain and mirrored. With --whole all weights are then trained from there. Test clips are only
-counted at the end. The demo's VideoMAE is trained from nothing by demo/train_teacher.py instead.
+The classifier of a VideoMAE fine-tuned on Kinetics-400 is replaced by a logistic regression on its features
+of the training clips, plain and mirrored. With --whole all weights are then trained from there. Test clips
+are only counted at the end. The demo's VideoMAE is trained from scratch, by demo/train_teacher.py.
 
-Reads:   work/<data set>/01_clips/{train,test}/<class>.npy, window 0; the backbone: --backbone
-Writes:  work/<data set>/05_networks/<--name>/{config.json,preprocessor_config.json,model.safetensors}: the published
-         layout, float32, which 05_train_eval.py and tools/metrics.py take for the data set
+Reads:   work/<data set>/01_clips/{train,test}/<class>.npy, window 0, and <class>.csv; --backbone
+Writes:  work/<data set>/05_networks/<--name>/{config.json,preprocessor_config.json,model.safetensors} in
+         transformers' layout, float32, as soft_labels.py and metrics.py load it
 Run:     python tools/train_teacher.py hmdb51
-         python tools/train_teacher.py hmdb51 --whole --name videomae-whole      then --teacher FOLDER
+         python tools/train_teacher.py hmdb51 --whole --name videomae-whole      # then --teacher FOLDER
 Cost:    hmdb51, by estimate, on an A100: 5 min; --whole 20 min more, 20 GB of its memory
 Expect:  it prints the accuracy on training and test clips
-Differs: the paper does not say how its teacher was trained. HMDB51: all non-test clips, as in stage 05
+Differs: the paper does not say how its teacher was trained. HMDB51: on the training clips that 01 has chosen
 """
 
 import math
@@ -21,64 +21,47 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save
-from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import contract  # noqa: E402  isort: skip
+import videomae  # noqa: E402
+
 import common  # noqa: E402
-import contract  # noqa: E402
 
 KINETICS = "MCG-NJU/videomae-base-finetuned-kinetics"  # weights CC-BY-NC 4.0
 PENALTY = 1e-2  # of the regression: half of it times the squared weights on standardised features
-# --whole: AdamW, cosine rate after one epoch of warm-up
-EPOCHS, BATCH, RATE, WEIGHT_DECAY = 10, 16, 2e-5, 0.05
-
-APART = ("plan", "accuracy")  # definitions that only show something
+# --whole: AdamW; lr is warmed up for one epoch, then falls as a cosine
+EPOCHS, BATCH, LR, WEIGHT_DECAY = 10, 16, 2e-5, 0.05
 FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
-SECONDS_PER_CLIP, SECONDS_PER_CLIP_STEP = 0.01, 0.02  # features, a training step: on an A100, by estimate
+SECONDS, SECONDS_STEP = 0.01, 0.02  # per clip of features, of a training epoch: on an A100, by estimate
 
 
 def parse_args():
-    parser = contract.arguments(__doc__, common.DATASETS, ipc=False)
-    parser.add_argument("--backbone", default=KINETICS, metavar="MODEL", help=f"VideoMAE, folder or hub name ({KINETICS})")
-    parser.add_argument("--whole", action="store_true", help="train all weights from the fitted classifier on")
-    parser.add_argument("--epochs", type=contract.positive, default=EPOCHS, help=f"of --whole ({EPOCHS})")
-    parser.add_argument("--name", default="videomae", help="name of the folder (videomae)")
+    parser = contract.arguments(__file__, __doc__, common.DATASETS, ipc=False)
+    add = parser.add_argument
+    add("--backbone", default=KINETICS, metavar="MODEL", help=f"VideoMAE, folder or hub name ({KINETICS})")
+    add("--whole", action="store_true", help="train all weights, beginning with the fitted classifier")
+    add("--epochs", type=int, default=EPOCHS, help=f"of --whole ({EPOCHS})")
+    add("--name", default="videomae", help="name of the folder (videomae)")
     args = contract.parse(parser)
-    args.teacher = args.backbone  # for common.videomae_folder
+    args.teacher = args.backbone  # for videomae.model_folder
     return args
 
 
-def read_clips(args, manifest, split):
-    """(arrays {class: uint8 [n, windows, 16, S, S, 3], still on the disk}, [(class, row)] by class and name) of a split."""
-    folder, mend = contract.work_folder(args, "01_clips"), contract.command("01_encode_latents.py", args)
-    contract.need(manifest, [f"{split}/{c}.npy" for c in args.classes], folder, mend)
-    index = [row for row in common.read_csv(folder / "index.csv") if row["split"] == split]
-    side, arrays, clips = args.spec["side"], {}, []
-    for label in args.classes:
-        path = folder / split / f"{label}.npy"
-        arrays[label] = contract.load_array(path, (None, None, common.NUM_FRAMES, side, side, 3), "uint8", mend)
-        rows = sorted((row["name"], int(row["row"])) for row in index if row["class"] == label)[: args.limit]
-        if not rows:
-            raise contract.ContractError(f"{path}: no clip of {label}\n  get the whole data set, or choose --classes")
-        clips += [(label, row) for _, row in rows]
-    return arrays, clips
-
-
-def features(network, scale, arrays, clips, mirrored):
-    """Features float32 [n, d] of the clips, class by class, so that one class is in memory at a time."""
+def features(network, scale, clips, mirrored):
+    """Features float32 [n, d] of clips {class: ([name], uint8 [n, windows, 16, S, S, 3])}, class by class."""
     found = []
-    for label in tqdm(arrays, desc="mirrored" if mirrored else "features", mininterval=1):
-        x = arrays[label][[row for c, row in clips if c == label], 0]
-        found.append(common.run_videomae(network, scale, x[:, :, :, ::-1] if mirrored else x)[0])
+    for _, array in contract.bar(clips.values(), desc="mirrored" if mirrored else "features"):
+        x = array[:, 0]  # window 0: [n, 16, S, S, 3]
+        found.append(videomae.run(network, scale, x[:, :, :, ::-1] if mirrored else x)[0])
     return torch.cat(found)
 
 
 def fit_classifier(x, labels, num_classes):
-    """(weight [classes, d], bias [classes]), float64, of the multinomial logistic regression on features x [n, d].
+    """(weight [classes, d], bias [classes]), float64, of the logistic regression on features x [n, d].
 
-    Minimises mean cross-entropy + PENALTY / 2 * |W|^2 over standardised features, by L-BFGS; the standardisation is then
-    moved into weight and bias.
+    Minimises mean cross-entropy + PENALTY / 2 * |W|^2 on standardised features, by L-BFGS; the
+    standardisation is then moved into weight and bias.
     """
     x = x.double()
     mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
@@ -90,7 +73,8 @@ def fit_classifier(x, labels, num_classes):
 
     def closure():
         optimiser.zero_grad()
-        loss = torch.nn.functional.cross_entropy(z @ weight.T + bias, labels) + PENALTY / 2 * weight.square().sum()
+        loss = torch.nn.functional.cross_entropy(z @ weight.T + bias, labels)
+        loss = loss + PENALTY / 2 * weight.square().sum()
         loss.backward()
         return loss
 
@@ -99,40 +83,41 @@ def fit_classifier(x, labels, num_classes):
     return weight, bias - weight @ mean
 
 
-def train_whole(network, scale, arrays, clips, args, dtype, checkpoint):
-    """Trains all weights with cross-entropy on randomly mirrored clips; goes on from `checkpoint` after a kill.
+def train_whole(network, scale, clips, args, dtype, checkpoint):
+    """Trains all weights with cross-entropy on randomly mirrored clips; goes on from `checkpoint` if there.
 
-    What an epoch draws depends on the seed and the epoch only.
+    What an epoch draws depends on the seed and the epoch alone.
     """
-    device = network.device
+    device, start = network.device, 0
+    items = [
+        (index, array, row) for index, (_, array) in enumerate(clips.values()) for row in range(len(array))
+    ]
     network.requires_grad_(True).train()
     decayed = [p for p in network.parameters() if p.ndim > 1]
-    plain = [p for p in network.parameters() if p.ndim <= 1]
+    plain = [p for p in network.parameters() if p.ndim <= 1]  # biases and norms
     groups = [dict(params=decayed, weight_decay=WEIGHT_DECAY), dict(params=plain, weight_decay=0.0)]
-    optimiser, start = torch.optim.AdamW(groups, lr=RATE), 0
+    optimiser = torch.optim.AdamW(groups, lr=LR)
     if checkpoint.exists():
-        with contract.checkpoint(checkpoint):
-            saved = torch.load(checkpoint, weights_only=True, map_location=device)
-            network.load_state_dict(saved["network"])
-            optimiser.load_state_dict(saved["optimiser"])
-            start = saved["epoch"]
-    classes, steps = list(arrays), -(-len(clips) // BATCH)
+        start, weights, state = contract.read(checkpoint)
+        network.load_state_dict(weights)
+        optimiser.load_state_dict(state)
+    steps = -(-len(items) // BATCH)
     for epoch in range(start, args.epochs):
         generator = contract.generator(args.seed, "teacher", epoch)
-        order = torch.randperm(len(clips), generator=generator)
-        mirrored = torch.rand(len(clips), generator=generator) < 0.5
-        bar = tqdm(order.split(BATCH), desc=f"epoch {epoch + 1} of {args.epochs}", mininterval=1)
+        order = torch.randperm(len(items), generator=generator)
+        mirrored = torch.rand(len(items), generator=generator) < 0.5
+        bar = contract.bar(order.split(BATCH), desc=f"epoch {epoch + 1} of {args.epochs}")
         for i, batch in enumerate(bar):
             step = epoch * steps + i
-            rate = RATE * min((step + 1) / steps, 0.5 + 0.5 * math.cos(math.pi * step / (args.epochs * steps)))
+            cosine = 0.5 + 0.5 * math.cos(math.pi * step / (args.epochs * steps))
             for group in optimiser.param_groups:
-                group["lr"] = rate
-            chosen = [clips[j] for j in batch.tolist()]
-            x = torch.from_numpy(np.stack([arrays[label][row, 0] for label, row in chosen])).to(device)
+                group["lr"] = LR * min((step + 1) / steps, cosine)
+            chosen = [items[j] for j in batch.tolist()]
+            x = torch.from_numpy(np.stack([array[row, 0] for _, array, row in chosen])).to(device)
             x = torch.where(mirrored[batch].to(device)[:, None, None, None, None], x.flip(3), x)
-            labels = torch.tensor([classes.index(label) for label, _ in chosen], device=device)
+            labels = torch.tensor([index for index, _, _ in chosen], device=device)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                logits = network(common.videomae_input(x, scale)).logits
+                logits = network(videomae.to_input(x, scale)).logits
             loss = torch.nn.functional.cross_entropy(logits.float(), labels)
             optimiser.zero_grad()
             loss.backward()
@@ -140,79 +125,66 @@ def train_whole(network, scale, arrays, clips, args, dtype, checkpoint):
             optimiser.step()
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         if epoch + 1 < args.epochs:
-            state = {"epoch": epoch + 1, "network": network.state_dict(), "optimiser": optimiser.state_dict()}
-            with contract.atomic(checkpoint) as handle:
-                torch.save(state, handle)
+            contract.save(checkpoint, (epoch + 1, network.state_dict(), optimiser.state_dict()))
     network.requires_grad_(False).eval()
 
 
-def accuracy(network, scale, arrays, clips):
-    """Percent of the clips that the network gives their class."""
-    right, classes = 0, list(arrays)
-    for label in tqdm(classes, desc="test", mininterval=1):
-        x = arrays[label][[row for c, row in clips if c == label], 0]
-        right += (common.run_videomae(network, scale, x)[1].argmax(1) == classes.index(label)).sum().item()
-    return 100 * right / len(clips)
+def accuracy(network, scale, clips):
+    """(percent of the clips that the network gives their class, their number)."""
+    correct, count = 0, 0
+    for index, (_, array) in enumerate(contract.bar(clips.values(), desc="test")):
+        correct += (videomae.run(network, scale, array[:, 0])[1].argmax(1) == index).sum().item()
+        count += len(array)
+    return 100 * correct / count, count
 
 
-def plan(args):
-    """Name, items, seconds, bytes and machine of the plan, for --dry-run."""
+def estimate(args):
     per_class = args.spec["clips"][0] // len(args.spec["classes"])
     count = min(per_class, args.limit or per_class) * len(args.classes)
-    seconds = count * (3 * SECONDS_PER_CLIP + (SECONDS_PER_CLIP_STEP * args.epochs if args.whole else 0))
-    return ("files of the teacher", len(FILES), seconds, 3.5e8, "an A100")
+    seconds = count * (3 * SECONDS + (SECONDS_STEP * args.epochs if args.whole else 0))
+    return {"05_networks": ("files of the teacher", len(FILES), seconds, 3.5e8, "an A100")}
 
 
-def main():
-    args = parse_args()
-    source = contract.work_folder(args, "01_clips")
-    if args.dry_run and (args.after or not (source / "manifest.json").exists()):
-        return contract.plan_after(args, "train", plan(args))
-    manifest = contract.read_folder(source, args, contract.command("01_encode_latents.py", args))
-    arrays, clips = read_clips(args, manifest, "train")
-    test = read_clips(args, manifest, "test")
-    try:
-        backbone = common.videomae_folder(args)
-    except contract.Missing:
-        if args.dry_run:
-            return contract.plan_after(args, "train", plan(args))
-        raise
-    used = [name for c in args.classes for name in (f"train/{c}.npy", f"index/{c}.csv")]
-    inputs = {"training clips": contract.content(manifest, used), "backbone": common.videomae_hash(backbone, args)}
-    settings = {"classes": args.classes, "whole": args.whole, "epochs": args.epochs if args.whole else None}
-    settings |= {"limit": args.limit, "device": args.device, "threads": args.threads, "dtype": None}
-    identity = contract.identity(__file__, args, settings, inputs, {}, APART)
-    folder = contract.work_folder(args, "05_networks", args.name)
-    todo, identity = contract.begin(folder, identity, FILES, args, plan(args))
-    if todo is None:
+def main(args):
+    clips, files = videomae.real_clips(args)
+    test_clips, _ = videomae.real_clips(args, "test")
+    if empty := [c for c in args.classes if not (clips[c][0] and test_clips[c][0])]:
+        raise contract.ContractError(
+            f"no clip of {empty[0]}", fix="get the whole data set, or choose --classes"
+        )
+    backbone = videomae.model_folder(args)
+    inputs = {"training set": contract.digest(files), "backbone": videomae.model_hash(backbone)}
+    parameters = {key: getattr(args, key) for key in ("classes", "whole", "limit", "device")}
+    parameters |= {"epochs": args.epochs if args.whole else None, "dtype": None}
+    output = contract.Output(args, f"05_networks/{args.name}", parameters, inputs, FILES)
+    if not output.todo:
         return
 
-    device, dtype = torch.device(identity["parameters"]["device"]), getattr(torch, identity["parameters"]["dtype"])
-    network, scale = common.load_videomae(backbone, device)
-    labels = torch.tensor([args.classes.index(label) for label, _ in clips])
-    both = torch.cat([features(network, scale, arrays, clips, mirrored) for mirrored in (False, True)])
+    network, scale = videomae.load(backbone, output.device)
+    labels = torch.cat([torch.full((len(names),), i) for i, (names, _) in enumerate(clips.values())])
+    both = torch.cat([features(network, scale, clips, mirrored) for mirrored in (False, True)])
     weight, bias = fit_classifier(both, labels.repeat(2), len(args.classes))
-    network.classifier = torch.nn.Linear(weight.shape[1], weight.shape[0], device=device).requires_grad_(False)
+    network.classifier = torch.nn.Linear(*weight.T.shape, device=output.device).requires_grad_(False)
     network.classifier.load_state_dict({"weight": weight, "bias": bias})
-    checkpoint = folder / ".checkpoint.pt"
+    checkpoint = output.folder / ".checkpoint.pt"
     if args.whole:
-        train_whole(network, scale, arrays, clips, args, dtype, checkpoint)
+        train_whole(network, scale, clips, args, output.dtype, checkpoint)
 
     network.config.update({"architectures": [type(network).__name__], "dtype": "float32"})
     network.config.id2label = dict(enumerate(args.classes))
     network.config.label2id = {label: i for i, label in enumerate(args.classes)}
-    with contract.atomic(folder / "model.safetensors") as handle:
-        handle.write(save({k: v.cpu().contiguous() for k, v in network.state_dict().items()}, {"format": "pt"}))
-    contract.write_json(folder / "preprocessor_config.json", contract.read_json(backbone / "preprocessor_config.json"))
-    with contract.atomic(folder / "config.json") as handle:
-        handle.write(network.config.to_json_string().encode())
+    weights = {name: value.cpu().contiguous() for name, value in network.state_dict().items()}
+    contract.save(output.folder / "model.safetensors", save(weights, {"format": "pt"}))
+    processor = "preprocessor_config.json"
+    contract.save(output.folder / processor, contract.read(backbone / processor))
+    contract.save(output.folder / "config.json", network.config.to_json_string().encode())
     checkpoint.unlink(missing_ok=True)
-    network, scale = common.load_videomae(folder, device)  # as it will be used
-    for split, part in (("training", (arrays, clips)), ("test", test)):
-        contract.say(f"train {args.name}: {accuracy(network, scale, *part):.2f} % of {len(part[1])} {split} clips right")
-    kinds = {name: ([], "safetensors" if name.endswith(".safetensors") else "json") for name in FILES}
-    contract.finish(folder, identity, FILES, args, ["transformers", "safetensors"], kinds)
+    network, scale = videomae.load(output.folder, output.device)  # as it will be used
+    for split, part in (("training", clips), ("test", test_clips)):
+        share, count = accuracy(network, scale, part)
+        output.log(f"{args.name}: {share:.2f} % of {count} {split} clips correct")
+    output.finish()
 
 
 if __name__ == "__main__":
-    contract.run(main)
+    contract.run(parse_args, main, estimate)

@@ -1,0 +1,328 @@
+"""The experiments on the demo world, by the stages and tools as commands; a killed experiment resumes.
+
+  measure       is the world hard enough, is the model good enough, does it copy? Accuracy of a network of all
+                real clips, and on the order pair with frames in order, shuffled, or one frame 16 times; PSNR
+                of the VAE; generated videos that the network recognises; distances to the training clips
+  samplers      generated videos that the network recognises, by sampler: three seeds of k-means and noise;
+                all samplers of a seed start from the same noise
+  settings      accuracy by settings of 03 and 04 (SETTINGS) on a validation split of the training groups; the
+                demo's defaults are chosen here, never on its test clips
+  compose-real  accuracy on real clips, composed by 04 like generated videos: what composition costs without a
+                generator. They are stored as H.264 before it, as generated videos are, and again after it
+  finetune      generated videos that the network recognises, from captions unknown to the U-Net, before and
+                after fine-tuning on them (eq. 3). Class names would not do: the text encoder, which is not
+                tuned, tells "kick" from "punch" by a hundredth of an embedding's norm, captions by a third
+
+Reads:   the demo's videos (demo/draw_videos.py), the model (demo/models/t2v)
+Writes:  the stages' folders below work/demo, and there measured.json, samplers.csv, finetune.json,
+         03_samples/ipc<K>/real/; work/orders/{shuffled,one}/demo/01_clips/; work/validation/demo/settings.csv
+Run:     python demo/experiments.py demo measure
+         python demo/experiments.py demo compose-real 10
+Cost:    on two CPU cores: measure 30 min, samplers 24, settings 40, compose-real 5, finetune 10, and once 14
+         for the network of all real clips
+Expect:  the figures of demo/README.md, which are in results/demo_models and results/demo_ipc<K>
+"""
+
+import argparse
+import itertools
+import shlex
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import contract  # noqa: E402  isort: skip
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+import common  # noqa: E402
+
+PAIR = ("SitDown", "StandUp")  # the same poses in opposite order
+PAIR_EPOCHS = 30  # enough for the network that sees the frames in order
+QUANTILES = {"least": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95}
+SEEDS = (0, 1, 2)
+SAMPLERS = {  # --cluster of 02, where the sampler reads prototypes, and options of 03
+    "naive": (None, ("--sampler", "naive")),
+    "knoise": ("dummy-video", ("--sampler", "knoise")),
+    "gvd-no-decay": ("direct", ("--decay", "none")),
+    "gvd": ("direct", ()),
+}
+DRAWS = 2  # samplers and finetune: videos per prototype, 80 in all at IPC 5
+SETTINGS = {"random": ("", ""), "cfg2": ("--cfg 2", ""), "cfg4": ("--cfg 4", "")}  # options of 03, of 04
+SOURCES, FPS = 4, 8  # compose-real: clips in a composed video (04 --pattern 4x4), frame rate (03)
+CAPTIONS = ROOT / "demo" / "captions.json"  # finetune: {class: a sentence that is not the class's prompt}
+OPTIONS = ("work_dir", "data_root", "model", "seed", "limit", "device", "threads", "redo", "keep", "dry_run")
+
+
+def parse_args():
+    parser = contract.arguments(__file__, __doc__, {"demo": common.DATASETS["demo"]}, ipc=False)
+    parser.add_argument("experiment", choices=EXPERIMENTS, help="see above")
+    parser.add_argument("ipc", type=int, nargs="?", help="instances per class (5; settings 10)")
+    args = contract.parse(parser)
+    args.ipc = args.ipc or (10 if args.experiment == "settings" else 5)
+    args.commands = []  # what `run` has run
+    return args
+
+
+def run(args, script, *words):
+    """Runs a stage or tool on the demo, with this run's shared options except those among `words`.
+
+    A command that fails has said why, and its exit code becomes this run's.
+    """
+    line = ["python", script, "demo", *map(str, words)]
+    args.commands.append(shlex.join(line))
+    print(f"\n$ {args.commands[-1]}", flush=True)
+    options = {f"--{name.replace('_', '-')}": getattr(args, name) for name in OPTIONS}
+    if args.classes != sorted(args.spec["classes"]):
+        options["--classes"] = ",".join(args.classes)
+    for option, value in options.items():
+        if value not in (None, False) and option not in words:
+            line += [option] if value is True else [option, str(value)]
+    if code := subprocess.run([sys.executable, str(ROOT / script), *line[2:]]).returncode:
+        sys.exit(code)
+
+
+def train_full(args):
+    run(args, "01_encode_latents.py")
+    run(args, "05_train_eval.py", "--train-on", "full", "--save")
+
+
+def found(args, *path):
+    """A JSON file of 05_results that a command has written. With --dry-run there is none: this run ends."""
+    if args.dry_run:
+        sys.exit()
+    return contract.read(args.work_dir.joinpath("demo", "05_results", *path))
+
+
+def top1(args, *folders):
+    """{mean, std, n, values} of the accuracies in percent, of a set's result.json."""
+    return found(args, *folders, "minic3d__hard__demo", "result.json")["top1"]
+
+
+def recognised(args, names):
+    """{folder of 03: its videos, and the percentages that the network of all real clips recognises}."""
+    if not args.dry_run:  # it needs the videos
+        run(args, "tools/metrics.py", args.ipc, "--score", "--sets", ",".join(names))
+    rates = {}
+    for name in names:
+        score = found(args, f"ipc{args.ipc}", f"{name}-samples", "score.json")
+        pair = round(statistics.fmean(score["per_class"][c] for c in PAIR), 2)
+        shares = {"all classes": score["top1"], "order pair": pair, "per class": score["per_class"]}
+        rates[name] = {"videos": score["videos"], **shares}
+    return rates
+
+
+def summary(values):
+    """Mean, sample standard deviation and values, as cells of a CSV file."""
+    mean, spread = statistics.fmean(values), statistics.stdev(values)
+    return [f"{mean:.2f}", f"{spread:.2f}", " ".join(f"{v:.2f}" for v in values)]
+
+
+def report(args, name, value):
+    """Writes a JSON or CSV file below work/demo and prints it."""
+    contract.save(args.work_dir / "demo" / name, value)
+    print((args.work_dir / "demo" / name).read_text("utf-8"))
+
+
+def clips_folder(args):
+    return contract.Input(args, "01_clips", contract.command(args, "01_encode_latents.py"))
+
+
+def real_video(args, label, name):
+    """The 16 frames that 01 encodes of a real clip, at generator size: uint8 [16, H, W, 3]."""
+    path = args.data_root / args.spec["videos"] / label / f"{name}.avi"
+    try:
+        video = common.read_video(path)
+    except common.BadVideo as error:
+        raise contract.ContractError(f"{path}: {error}", fix="python demo/draw_videos.py") from None
+    return common.resize_frames(video[common.uniform_frames(len(video))], args.spec["size"])
+
+
+def reorder(args, order):
+    """The arguments for a work folder of its own, whose 01_clips has the pair's clips with other frames.
+
+    order: "shuffled", in an order drawn for each clip, or "one", the first frame of that order 16 times.
+    """
+    source = clips_folder(args)
+    names = [f"{split}/{c}.{kind}" for split in ("train", "test") for c in PAIR for kind in ("npy", "csv")]
+    args = argparse.Namespace(**{**vars(args), "work_dir": args.work_dir / "orders" / order})
+    parameters = {**source.record["parameters"], "frames": order}
+    output = contract.Output(args, "01_clips", parameters, source.check(names), names)
+    for name in output.mine(names, lambda name: [name]):
+        if name.endswith(".csv"):
+            contract.save(output.folder / name, (source.folder / name).read_bytes())
+            continue
+        clips, label = np.array(source.load(name)), Path(name).stem  # uint8 [n, windows, 16, S, S, 3]
+        for i, row in enumerate(source.load(f"{name[:-4]}.csv")):
+            generator = contract.generator(args.seed, "05", "frames", label, row["name"])
+            frames = torch.randperm(common.NUM_FRAMES, generator=generator)
+            clips[i] = clips[i][:, frames if order == "shuffled" else frames[:1].expand(len(frames))]
+        contract.save(output.folder / name, clips)
+    output.finish()
+    return args
+
+
+def write_real_samples(args):
+    """03_samples/ipc<K>/real: random training clips take the places of SOURCES draws of K prototypes."""
+    source, clips = clips_folder(args), {}
+    samples = sorted(f"{k}_{draw}" for k in range(args.ipc) for draw in range(SOURCES))
+    for label in args.classes:
+        names = [row["name"] for row in source.load(f"train/{label}.csv")]
+        if len(names) < len(samples):
+            what, fix = f"IPC {args.ipc}: too few training clips", f"IPC <= {len(names) // SOURCES}"
+            raise contract.ContractError(what, f"{len(samples)} of {label}", len(names), fix)
+        order = torch.randperm(len(names), generator=contract.generator(args.seed, "compose_real", label))
+        chosen = zip(samples, order.tolist(), strict=False)  # as many as there are samples
+        clips |= {f"{label}/{sample}.mp4": (label, names[i]) for sample, i in chosen}
+    inputs = source.check(f"train/{label}.{kind}" for label in args.classes for kind in ("npy", "csv"))
+    output = contract.Output(args, f"03_samples/ipc{args.ipc}/real", {"ipc": args.ipc}, inputs, list(clips))
+    for file in contract.bar(output.mine(list(clips), lambda file: [file]), desc="real clips"):
+        common.write_mp4(output.folder / file, real_video(args, *clips[file]), FPS)
+    output.finish()
+
+
+def autoencoder_psnr(args):
+    """Peak signal-to-noise ratio in dB of the test clips through the VAE at generator size, per clip."""
+    folder, source, values = common.model_folder(args, ("vae",)), clips_folder(args), []
+    vae = common.load_part(folder / "vae", "vae", torch.device("cpu"), torch.float32)
+    clips = [(c, row["name"]) for c in args.classes for row in source.load(f"test/{c}.csv")]
+    for clip in contract.bar(clips, desc="VAE"):
+        x = torch.from_numpy(real_video(args, *clip)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        with torch.inference_mode():
+            y = vae.decode(vae.encode(x).latent_dist.mode()).sample.clamp(-1, 1)
+        values.append(10 * np.log10(4 / (y - x).square().mean().item()))
+    return {"clips": len(values), "mean": round(float(np.mean(values)), 2), "least": round(min(values), 2)}
+
+
+def nearest(videos, training):
+    """Quantiles of the videos' distances to their nearest training clips: rms difference in grey levels.
+
+    videos: uint8 [n, 16, S, S, 3]. training: float32 [m, d], the training clips, plain and mirrored.
+    """
+    flat = torch.from_numpy(videos).flatten(1).float()
+    squared = flat.square().sum(1, keepdim=True) - 2 * flat @ training.T + training.square().sum(1)
+    values = (squared.clamp(min=0).amin(1) / flat.shape[1]).sqrt().numpy()
+    return {"videos": len(values)} | {
+        k: round(float(np.quantile(values, q)), 2) for k, q in QUANTILES.items()
+    }
+
+
+def distances(args, sets):
+    """{set: nearest} of the test clips and of the sets of 03."""
+    source = clips_folder(args)
+    clips = [[source.load(f"{s}/{c}.npy")[:, 0] for c in args.classes] for s in ("train", "test")]
+    train, test = map(np.concatenate, clips)  # uint8 [n, 16, S, S, 3]
+    training = torch.from_numpy(np.concatenate([train, train[:, :, :, ::-1]])).flatten(1).float()
+    values = {"test clips": nearest(test, training)}
+    for name in sets:
+        folder = args.work_dir / "demo" / f"03_samples/ipc{args.ipc}" / name
+        videos = [path.relative_to(folder) for path in folder.glob("*/*.mp4")]
+        values[f"{name} samples"] = nearest(common.network_clips(folder, videos, args.spec), training)
+    return values
+
+
+def measure(args):
+    train_full(args)
+    run(args, "02_kmeans_prototypes.py", args.ipc)
+    for sampler in ("naive", "gvd"):
+        run(args, "03_guided_sample.py", args.ipc, "--sampler", sampler)
+    places = {"in-order": args, **{order: reorder(args, order) for order in ("shuffled", "one")}}
+    for order, place in places.items():
+        words = ("--classes", ",".join(PAIR), "--set", f"epochs={PAIR_EPOCHS}", "--name", f"pair-{order}")
+        run(place, "05_train_eval.py", "--train-on", "full", *words)
+    pair = {order: top1(place, "full", f"pair-{order}") for order, place in places.items()}
+    rates = recognised(args, ("naive", "gvd"))
+    measured = {
+        "full data, top-1 %": top1(args, "full", "full"),
+        "order pair, top-1 % by the frames seen": pair,
+        "autoencoder on test clips, dB": autoencoder_psnr(args),
+        "samples recognised, %": rates,
+        "distance to the nearest training clip, grey levels": distances(args, rates),
+    }
+    report(args, "measured.json", measured)
+
+
+def samplers(args):
+    train_full(args)
+    for (sampler, (cluster, words)), seed in itertools.product(SAMPLERS.items(), SEEDS):
+        if cluster:  # the seed is part of a folder's identity, so each has its own
+            prototypes = f"{cluster}-seed{seed}"
+            options = ("--cluster", cluster, "--seed", seed, "--name", prototypes)
+            run(args, "02_kmeans_prototypes.py", args.ipc, *options)
+            words = (*words, "--prototypes", prototypes)
+        options = ("--draws", DRAWS, "--seed", seed, "--name", f"{sampler}-seed{seed}")
+        run(args, "03_guided_sample.py", args.ipc, *words, *options)
+    rates = recognised(args, [f"{sampler}-seed{seed}" for sampler in SAMPLERS for seed in SEEDS])
+    rows = [("sampler", "videos", "mean", "std", "values", "pair_mean", "pair_std", "pair_values")]
+    for sampler in SAMPLERS:
+        ones = [rates[f"{sampler}-seed{seed}"] for seed in SEEDS]
+        every, pair = (summary([one[which] for one in ones]) for which in ("all classes", "order pair"))
+        rows.append([sampler, ones[0]["videos"], *every, *pair])
+    report(args, "samplers.csv", rows)
+
+
+def settings(args):
+    """In a data root and a work folder of its own."""
+    folders = {name: getattr(args, name) / "validation" for name in ("work_dir", "data_root")}
+    args = argparse.Namespace(**{**vars(args), **folders})
+    draw = [sys.executable, ROOT / "demo/draw_videos.py", "--data-root", args.data_root, "--validation"]
+    if not args.dry_run:
+        subprocess.run(draw, check=True)
+    run(args, "01_encode_latents.py")
+    run(args, "02_kmeans_prototypes.py", args.ipc)
+    for name, (of_03, of_04) in SETTINGS.items():
+        if name != "random":
+            run(args, "03_guided_sample.py", args.ipc, "--name", name, *of_03.split())
+            run(args, "04_mvic_compose.py", args.ipc, "--samples", name, "--name", name, *of_04.split())
+        run(args, "05_train_eval.py", args.ipc, "--train-on", name)
+    values = {name: summary(top1(args, f"ipc{args.ipc}", name)["values"]) for name in SETTINGS}
+    rows = [[name, " ".join(options).strip(), *values[name]] for name, options in SETTINGS.items()]
+    report(args, "settings.csv", [("set", "options", "top1_mean", "top1_std", "top1_values"), *rows])
+
+
+def compose_real(args):
+    run(args, "01_encode_latents.py")
+    write_real_samples(args)
+    run(args, "04_mvic_compose.py", args.ipc, "--samples", "real", "--name", "real-composed")
+    run(args, "05_train_eval.py", args.ipc, "--train-on", "real-composed")
+
+
+def finetune(args):
+    demo, sets = args.work_dir / "demo", ("captions_before", "captions_after")
+    words, unet = (
+        ("--sampler", "naive", "--draws", DRAWS, "--prompt-file", CAPTIONS),
+        demo / "03_unet/captions",
+    )
+    train_full(args)
+    run(args, "03_guided_sample.py", args.ipc, "--name", sets[0], *words)
+    run(args, "tools/finetune_unet.py", "--name", "captions", "--prompt-file", CAPTIONS)
+    run(args, "03_guided_sample.py", args.ipc, "--name", sets[1], *words, "--unet", unet)
+    rates = recognised(args, sets)
+    parameters = contract.read(unet / "manifest.json")["parameters"]
+    result = {
+        "prompts": contract.read(CAPTIONS),
+        "commands": [c.replace(f"{demo}/", "work/demo/").replace(f"{ROOT}/", "") for c in args.commands],
+        "fine-tuning": {name: parameters[name] for name in ("steps", "batch", "lr")},
+        "samples recognised, %": {name.removeprefix("captions_"): rates[name] for name in sets},
+    }
+    report(args, "finetune.json", result)
+
+
+EXPERIMENTS = {f.__name__.replace("_", "-"): f for f in (measure, samplers, settings, compose_real, finetune)}
+
+
+def estimate(args):
+    """Of the two folders that are written here; the stages print their own."""
+    videos = SOURCES * args.ipc * len(args.classes)
+    cost = {"03_samples": ("videos", videos, 0.02 * videos, 2.5e3 * videos, "one CPU core")}
+    return cost | {"01_clips": ("files", 8, 5, 3.3e7, "one CPU core")}
+
+
+def main(args):
+    EXPERIMENTS[args.experiment](args)
+
+
+if __name__ == "__main__":
+    contract.run(parse_args, main, estimate)

@@ -1,0 +1,261 @@
+"""The demo: its world, its models and their training, which may be killed, its experiments and its sheet."""
+
+import contract
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLASSES, REPO, TINY, load
+from diffusers import DDIMScheduler
+
+import common
+
+TRAIN = """
+import os, signal, sys
+sys.path.insert(0, "demo")
+import contract
+{module}
+data, place, kill_at = sys.argv[1:]
+draw = contract.generator
+
+def generator(seed, *names):
+    if "/".join(map(str, names)) == kill_at and kill:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return draw(seed, *names)
+
+contract.generator = generator
+for folder, kill, steps in (("whole", 0, "5"), ("killed", 1, "5"), ("killed", 0, "5"), ("killed", 0, "6")):
+    if (child := os.fork()) == 0:  # to import the libraries once
+        folder = f"{{place}}/{{folder}}"
+        sys.argv = ["", "--threads", "1", "--data-root", data, "--work", folder, "--out", folder + "/out"]
+        {main}
+        sys.exit()
+    print("status", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+TEACHER = {
+    "module": """import train_teacher as t
+t.SHAPE.update(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+t.BATCH, t.CHECKPOINT_EVERY = 2, 2""",
+    "main": """sys.argv += ["--steps", steps]
+        contract.run(t.parse_args, t.main, lambda args: {})""",
+}
+MODELS = {
+    "module": """import train_models as t
+t.VAE_CHANNELS, t.UNET_CHANNELS, t.VAE_BATCH, t.UNET_BATCH, t.CHECKPOINT_EVERY = (8, 8, 8), (16, 16), 4, 2, 3
+t.PAIR, t.BRIGHT = ("Walk", "Wave"), 0  # the tests' classes; all figures count as light
+t.COLOUR_ORDERS = ((0, 1, 2), (2, 1, 0))""",
+    "main": """for part in ("vae", "unet"):
+            sys.argv += ["--vae-steps", steps, "--unet-steps", *"2222222", "--only", part]
+            t.main()""",
+}
+
+
+@pytest.mark.parametrize(("program", "kill_at"), [(TEACHER, "videomae/3"), (MODELS, "unet/11")])
+def test_killed_training_ends_with_the_same_weights(empty, tmp_path, program, kill_at):
+    """Trained through; killed in a step; taken up again; taken up with other settings, which is refused."""
+    line = [sys.executable, "-c", TRAIN.format(**program), empty.data, tmp_path, kill_at]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, cwd=REPO, env=environment, capture_output=True, text=True)
+    status = [text.split()[1] for text in done.stdout.splitlines() if text.startswith("status")]
+    assert status[:3] == ["0", "-9", "0"] and status[3] != "0", done.stderr
+    assert "start over with: rm" in done.stderr
+    files = [p for p in tmp_path.glob("whole/out/**/*.*") if p.is_file()]
+    assert sum(p.suffix == ".safetensors" for p in files) == (1 if program == TEACHER else 3)
+    for path in files:
+        assert path.read_bytes() == (tmp_path / "killed" / path.relative_to(tmp_path / "whole")).read_bytes()
+
+
+@torch.inference_mode()
+def test_shipped_models_fit_their_world():
+    """On a new clip of each class: reconstruction, noise prediction (eq. 3), classes."""
+    folder, spec, cpu = common.DEMO_MODEL, common.DATASETS["demo"], torch.device("cpu")
+    assert sum(p.stat().st_size for p in folder.parent.rglob("*") if p.is_file()) < 16 * 2**20
+    common.check_model(folder, folder / "unet")
+    vae, unet = (common.load_part(folder / part, part, cpu, torch.float32) for part in ("vae", "unet"))
+    videos = [load("demo/draw_videos.py").draw_clip(label, 1, 1, 1)[..., ::-1] for label in spec["classes"]]
+    clips = np.stack([video[common.uniform_frames(len(video))] for video in videos])  # RGB [8, 16, 32, 32, 3]
+    x = torch.from_numpy(clips).flatten(0, 1).permute(0, 3, 1, 2) / 127.5 - 1
+    z = vae.encode(x).latent_dist.mean * vae.config.scaling_factor  # [128, 4, 8, 8]
+    y = torch.from_numpy(common.decode(vae, z)).permute(0, 3, 1, 2) / 127.5 - 1
+    assert 10 * (4 / (x - y).square().mean()).log10() > 29 and 0.9 < z.std() < 1.1
+
+    prompts, latents = contract.read(REPO / "prompts/demo.json"), z.unflatten(0, (8, 16)).transpose(1, 2)
+    embeddings = common.embed(folder, prompts.values(), cpu)
+    states = torch.cat([embeddings[prompts[label]] for label in spec["classes"]])
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))  # [8, 4, 16, 8, 8]
+    scheduler, t = DDIMScheduler.from_pretrained(folder / "scheduler"), torch.full((8,), 300)
+    predicted = unet(scheduler.add_noise(latents, noise, t), t, states).sample
+    assert (predicted - noise).square().mean() < 0.06
+
+    videomae = load("tools/videomae.py")
+    network, scale = videomae.load(folder.with_name("videomae"), cpu)
+    _, logits = videomae.run(network, scale, np.stack([common.network_clip(clip, spec) for clip in clips]))
+    labels = [network.config.id2label[i] for i in logits.argmax(1).tolist()]
+    assert sum(a == b for a, b in zip(labels, spec["classes"], strict=True)) >= 7
+
+
+def test_drawn_videos_repeat_their_bytes_and_no_group_crosses_the_split(tmp_path):
+    draw = load("demo/draw_videos.py")
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        (folder / "UCF-101/Walk").mkdir(parents=True)
+        files = draw.draw_group((folder, "Walk", 7, 0))
+    assert all((tmp_path / "a" / name).read_bytes() == (folder / name).read_bytes() for name in files)
+    for validation, sizes in ((False, (18, 7)), (True, (13, 5))):
+        groups, test = map(set, draw.groups_of(validation))
+        assert (len(groups - test), len(groups & test)) == sizes
+        assert not validation or not groups & set(draw.TEST_GROUPS)  # never the test clips
+
+
+def experiment(place, monkeypatch, *words):
+    """(module, arguments) of demo/experiments.py, with the tests' classes as the order pair."""
+    module = load("demo/experiments.py")
+    monkeypatch.setattr(module, "PAIR", CLASSES)
+    monkeypatch.setattr(sys, "argv", place.words("demo/experiments.py", *words))
+    args = module.parse_args()
+    args.estimate = module.estimate(args)
+    return module, args
+
+
+def test_frames_are_reordered(latents, tmp_path, monkeypatch):
+    place = latents.copy(tmp_path / "work")
+    module, args = experiment(place, monkeypatch, "measure")
+    for order in ("shuffled", "one"):
+        folder = module.reorder(args, order).work_dir
+        for name in (f"{split}/{label}" for split in ("train", "test") for label in CLASSES):
+            real, found = (np.load(work / f"demo/01_clips/{name}.npy") for work in (place.work, folder))
+            for i, row in enumerate(contract.read(folder / f"demo/01_clips/{name}.csv")):
+                seed = contract.generator(0, "05", "frames", name.split("/")[1], row["name"])
+                frames = torch.randperm(16, generator=seed).numpy()
+                assert (found[i] == real[i][:, frames if order == "shuffled" else [frames[0]] * 16]).all()
+        code, text = place._replace(work=folder).run("05", "--train-on", "full", "--repeats", "1")
+        assert code == 0 and "top-1" in text, text
+
+
+def test_distance_to_the_nearest_training_clip():
+    training = torch.stack([torch.full((16 * 4 * 4 * 3,), value) for value in (0.0, 100.0)])
+    videos = np.stack([np.full((16, 4, 4, 3), value, np.uint8) for value in (0, 90, 130)])
+    found = load("demo/experiments.py").nearest(videos, training)
+    assert found == {"videos": 3, "least": 0.0, "5 %": 1.0, "median": 10.0, "95 %": 28.0}
+
+
+def test_real_clips_are_composed_by_stage_04(latents, tmp_path, monkeypatch):
+    """Four frames of each of four clips, as metadata.csv states; more clips than there are are refused."""
+    place = latents.copy(tmp_path / "work")
+    module, args = experiment(place, monkeypatch, "compose-real", 1)
+    module.write_real_samples(args)
+    monkeypatch.setitem(TINY, "04", "1")
+    code, text = place.run("04", "--samples", "real", "--name", "real-composed")
+    assert code == 0, text
+    folder = place.work / "demo/04_distilled/ipc1/real-composed"
+    for row in contract.read(folder / "metadata.csv"):
+        composed, label, used = common.read_video(folder / row["file_name"]), row["label"], set()
+        clips = contract.read(place.work / f"demo/01_clips/train/{label}.csv")
+        videos = np.stack([module.real_video(args, label, clip["name"]) for clip in clips]).astype(float)
+        for i, frames in enumerate(row["frames"].split()):
+            part, chosen = composed[4 * i : 4 * i + 4], [int(frame) for frame in frames.split("-")]
+            errors = np.abs(part - videos[:, chosen]).mean((1, 2, 3, 4))  # of H.264, twice
+            used.add(int(errors.argmin()))
+            assert errors.min() < 12
+        order = torch.randperm(5, generator=contract.generator(0, "compose_real", label)).tolist()
+        assert used == set(order[:4])
+    args.ipc = 2
+    with pytest.raises(contract.ContractError, match="IPC <= 1"):
+        module.write_real_samples(args)
+
+
+REPORTS = {  # file, a part of its text
+    "measure": ("demo/measured.json", '"order pair": 66.0'),
+    "samplers": (
+        "demo/samplers.csv",
+        "\nnaive,80,81.00,1.00,80.00 81.00 82.00,66.00,1.00,65.00 66.00 67.00",
+    ),
+    "settings": ("validation/demo/settings.csv", "\ncfg2,--cfg 2,52.00,2.00,50.00 52.00 54.00\n"),
+    "finetune": ("demo/finetune.json", '"all classes": 81.0'),
+}
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_commands_and_report_of_an_experiment(latents, tmp_path, monkeypatch, name):
+    """Its stages only parse their command lines, and results are made up."""
+    place, parsed = latents.copy(tmp_path / "work"), {}
+    module, args = experiment(place, monkeypatch, name)
+    monkeypatch.setattr(module, "distances", lambda args, sets: {})
+
+    def run(line, **_):
+        path = Path(line[1]).relative_to(REPO)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["", *map(str, line[2:])])
+            stage = load(str(path)).parse_args() if path.stem != "draw_videos" else None  # exits if misused
+        parsed.setdefault(path.stem, []).append(stage)
+        if path.stem == "05_train_eval":
+            results = stage.work_dir / "demo/05_results" / (f"ipc{stage.ipc}" if stage.ipc else "full")
+            file = results / (stage.name or stage.train_on) / "minic3d__hard__demo/result.json"
+            contract.save(file, {"top1": {"mean": 52.0, "std": 2.0, "n": 3, "values": [50.0, 52.0, 54.0]}})
+        for i, one in enumerate(stage.sets.split(",") if path.stem == "metrics" else ()):
+            score = {"videos": 80, "top1": 80.0 + i, "per_class": {"Walk": 70.0 + i, "Wave": 60.0 + i}}
+            contract.save(place.work / f"demo/05_results/ipc{stage.ipc}/{one}-samples/score.json", score)
+        if path.stem == "finetune_unet":
+            parameters = {key: getattr(stage, key) for key in ("steps", "batch", "lr")}
+            contract.save(place.work / "demo/03_unet/captions/manifest.json", {"parameters": parameters})
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(module.subprocess, "run", run)
+    module.main(args)
+    report, part = REPORTS[name]
+    text, runs = (place.work / report).read_text(), parsed.get("03_guided_sample", [])
+    assert part in text and str(tmp_path) not in text and str(REPO) not in text
+    if name == "measure":
+        assert len({stage.work_dir for stage in parsed["05_train_eval"]}) == 3
+    if name == "samplers":  # all start from the noise of their seed, and from its prototypes
+        prototypes = {stage.name: (stage.cluster, stage.seed) for stage in parsed["02_kmeans_prototypes"]}
+        assert len({stage.name for stage in runs}) == 12 == 3 * sum(stage.seed == 1 for stage in runs)
+        for stage in runs:
+            cluster = {"gvd": "direct", "knoise": "dummy-video"}.get(stage.sampler)
+            assert not cluster or prototypes[stage.prototypes] == (cluster, stage.seed)
+    if name == "finetune":
+        before, after = map(vars, runs)
+        assert {key for key in before if before[key] != after[key]} == {"name", "unet"}
+        assert parsed["finetune_unet"][0].prompt_file == before["prompt_file"]
+
+
+def test_tables_of_the_readme_are_of_committed_results():
+    text, folder = (REPO / "demo/README.md").read_text("utf-8"), REPO / "results/demo_models"
+    measured, tuned = (contract.read(folder / f"{name}.json") for name in ("measured", "finetune"))
+    for row in contract.read(folder / "samplers.csv"):
+        cells = [f"{float(row[of + 'mean']):.1f} ± {float(row[of + 'std']):.1f}" for of in ("", "pair_")]
+        assert f"| {row['sampler']} | {' | '.join(cells)} |" in text
+    for row in contract.read(folder / "settings.csv"):
+        options = f"`{row['options']}`" if row["options"] else "defaults"
+        cell = f"{float(row['top1_mean']):.1f} ± {float(row['top1_std']):.1f}"
+        assert f"| {row['set']} | {options} | {cell} |" in text
+    for name, score in tuned["samples recognised, %"].items():
+        assert f"| {name} | {score['all classes']:.1f} |" in text
+    psnr, far, full, pair, rates = measured.values()  # its keys are sorted
+    sets = ("test clips", "naive samples", "gvd samples")
+    figures = [f"{full['mean']:.1f} (1)", f"{psnr['mean']:.1f} dB; {psnr['least']:.1f} dB"]
+    figures.append("; ".join(f"{pair[order]['mean']:.1f} (1)" for order in ("in-order", "shuffled", "one")))
+    figures += [f"{rates[s]['all classes']:.1f} %; {rates[s]['order pair']:.1f} %" for s in ("naive", "gvd")]
+    figures += ["; ".join(f"{far[name][which]:.1f}" for name in sets) for which in ("median", "least")]
+    assert [figure for figure in figures if f" | {figure} |" not in text] == []
+
+
+def test_contact_sheet(sampled, tmp_path, monkeypatch):
+    place, shown, module = sampled.copy(tmp_path / "work"), {}, load("demo/contact_sheet.py")
+    draw = module.draw
+    monkeypatch.setattr(module, "draw", lambda rows: shown.update(rows) or draw(rows))
+    code, text = place.run("demo/contact_sheet.py", 2)
+    assert code == 0 and (place.work / "demo/contact_sheet/ipc2/contact_sheet.png").is_file(), text
+    for label, (real, _, generated, composed) in shown.items():
+        clips = np.load(place.work / f"demo/01_clips/train/{label}.npy")[:, 0]
+        members = contract.read(place.work / f"demo/02_prototypes/ipc2/direct/{label}.csv")  # in 01's order
+        away = [float(row["distance"]) if row["prototype"] == "0" else np.inf for row in members]
+        assert (real == clips[np.argmin(away)]).all()
+        errors = np.abs(composed[:, None].astype(float) - generated).mean((2, 3, 4))  # [16, 16], by frames
+        assert (errors.min(1) < 12).sum() >= 4
+    assert "fresh" in place.run("demo/contact_sheet.py", 2)[1]

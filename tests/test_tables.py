@@ -1,0 +1,231 @@
+"""Metrics of sets by hand and by brute force; the closing table and its collected results; the benchmark."""
+
+import contract
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLASSES, REPO, load
+from safetensors.torch import load_file
+
+import common
+
+bench, metrics, tables, vm = (load(f"tools/{name}.py") for name in ("bench", "metrics", "tables", "videomae"))
+
+
+def unit(*angles):
+    """Points on the unit circle at angles in degrees."""
+    angles = torch.tensor(angles, dtype=torch.float64).deg2rad()
+    return torch.stack([angles.cos(), angles.sin()], 1)
+
+
+def chord(degrees):
+    """The distance of two points on the unit circle that are so far apart."""
+    return 2 * math.sin(math.radians(degrees) / 2)
+
+
+def test_entropy():
+    one_hot = torch.eye(4)
+    assert metrics.entropy(one_hot, 2) == pytest.approx(2)  # each class once
+    assert metrics.entropy(one_hot, np.e) == pytest.approx(math.log(4))
+    assert metrics.entropy(one_hot[:1].repeat(5, 1), 2) == 0  # one class alone
+    assert metrics.entropy(one_hot[[0, 0, 0, 1]], 2) == pytest.approx(0.75 * math.log2(4 / 3) + 0.5)
+
+
+def test_distances_by_brute_force():
+    a, b = torch.randn(2, 20, 5, generator=contract.generator(0, "points"), dtype=torch.float64)
+    brute, own = ((x[:, None] - y[None]).square().sum(-1).sqrt() for x, y in ((a, b), (a, a)))
+    assert torch.allclose(metrics.nearest(a, b), brute.amin(1), rtol=1e-12)
+    assert metrics.mean_pairwise_distance(a) == pytest.approx((own.sum() / 380).item(), rel=1e-12)
+    assert torch.allclose(metrics.nearest(a), own.fill_diagonal_(torch.inf).amin(1), rtol=1e-12)
+    assert metrics.nearest(a, a).max() == 0
+
+
+def test_coverage_and_distances_on_a_circle():
+    real = unit(0, 1, 3, 6, 10, 15, 21, 28, 36, 45, 90)
+    apart = torch.tensor([chord(d) for d in (1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 45)]).double()
+    assert torch.allclose(metrics.nearest(real), apart)
+    limit = metrics.percentile(metrics.nearest(real))  # of eleven values the tenth
+    assert limit == pytest.approx(chord(9))
+    assert metrics.coverage(real, real, 0) == 1 and metrics.coverage(real, unit(180), limit) == 0
+    assert metrics.coverage(real, unit(21), limit) == pytest.approx(3 / 11)  # 15, 21 and 28 degrees
+    assert metrics.coverage(real, unit(21, 21, 21), limit) == pytest.approx(3 / 11)
+    assert metrics.coverage(real, unit(21, 88), limit) == pytest.approx(4 / 11)
+    mpd = metrics.mean_pairwise_distance
+    assert mpd(unit(17)) is None and mpd(unit(17, 17, 17)) == 0  # one point has no pair
+    assert mpd(unit(0, 90, 180, 270)) == pytest.approx((4 * 2**0.5 + 4) / 6)
+
+
+def test_metrics_per_class_and_of_all():
+    """Features of any length count by their direction, outputs by the data set's columns."""
+    real = {"A": unit(0, 10, 20), "B": unit(90, 100, 110)}
+    limits = {"A": chord(10.1), "B": chord(0), "": chord(10.1)}
+    logits = torch.log(torch.tensor([[0.8, 0.1, 0.1], [0.2, 0.2, 0.6]]))
+    distilled = {"A": (7 * unit(0, 10), logits), "B": (0.1 * unit(0, 10).float(), logits)}
+    found, p = metrics.measure(real, limits, distilled, columns=[0, 2]), (8 / 9 + 0.25) / 2
+    pairs, nats = (chord(10), 4 * chord(10) / 6), -sum(q * math.log(q) for q in (0.5, 0.15, 0.35))
+    wanted = {"coverage_per_class": 0.5, "coverage_all": 0.5}  # A's clips are within 10 degrees, none of B's
+    wanted |= {"mpd_per_class": pairs[0], "mpd_all": pairs[1], "entropy_nats_outputs": nats}
+    wanted["entropy_bits_classes"] = -p * math.log2(p) - (1 - p) * math.log2(1 - p)
+    assert found == pytest.approx(wanted, abs=1e-6)
+    one = metrics.measure(real, limits, {c: (unit(0), logits[:1]) for c in real}, [0, 2])
+    assert one["mpd_per_class"] is None and one["mpd_all"] == 0  # IPC 1
+
+
+def test_share_of_frames():
+    found = metrics.condensation([40, 60], [20], 5)
+    assert found["frames per training clip"] == 50 and found["frames per clip, training and test"] == 40
+    assert found["of all frames"] == 0.8 and found["frames of a distilled set"] == 80
+    found = metrics.condensation([807013], [1], 20 * 50)
+    assert round(100 * found["of all frames"], 2) == 1.98  # section 1: MiniUCF at IPC 20
+
+
+def test_metrics_of_the_chain(place, videomae):
+    code, text = place.run("tools/metrics.py", 2, "--teacher", videomae)
+    assert code == 0, text
+    path = place.work / "demo/metrics_ipc2.json"
+    first, result = path.read_bytes(), contract.read(path)
+    rows = {row["set"]: row for row in result["sets"]}
+    assert list(rows) == ["gvd, before composition", "gvd", "random real clips"]
+    assert all(row["videos"] == 4 and f"| {row['bytes']:,} |" in text for row in rows.values())
+    folder = place.work / "demo/04_distilled/ipc2/gvd"
+    assert rows["gvd"]["bytes"] == sum(file.stat().st_size for file in folder.glob("*/*.mp4"))
+    assert rows["random real clips"]["bytes"] == 4 * 16 * 48 * 48 * 3
+    assert place.run("05", "--train-on", "random")[0] == 0
+    repeats = [contract.read(p) for p in sorted(place.work.glob("demo/05_results/ipc2/random/*/repeat_*"))]
+    assert [repeat["clips"] for repeat in repeats] == result["random"][:2]
+
+    # The row of gvd once more, from the files.
+    network, scale = vm.load(videomae, torch.device("cpu"))
+    spec, real, found = common.DATASETS["demo"], {}, {}
+    for label in CLASSES:
+        clips = np.load(place.work / f"demo/01_clips/train/{label}.npy")[:, 0]
+        real[label] = metrics.unit_length(vm.run(network, scale, clips)[0])
+        videos = [common.read_video(folder / label / f"{i}.mp4") for i in range(2)]
+        clips = np.stack([common.network_clip(video, spec) for video in videos])
+        found[label] = vm.run(network, scale, clips)
+    limits = {label: metrics.percentile(metrics.nearest(points)) for label, points in real.items()}
+    limits[""] = metrics.percentile(metrics.nearest(torch.cat([*real.values()])))
+    assert metrics.measure(real, limits, found, [2, 0]) == pytest.approx(rows["gvd"]["mean"], abs=2e-6)
+
+    assert place.run("tools/metrics.py", 2, "--teacher", videomae)[0] == 0 and path.read_bytes() == first
+    code, text = place.run("tools/metrics.py", 2, "--teacher", videomae, "--sets", "other")
+    assert code == 3 and "no set other" in text and "04_mvic_compose.py demo 2" in text
+    video = folder / "Walk/0.mp4"
+    video.write_bytes(video.read_bytes()[:-1] + b"x")
+    code, text = place.run("tools/metrics.py", 2, "--teacher", videomae)
+    assert code == 3 and "Walk/0.mp4 is damaged" in text and path.read_bytes() == first
+
+
+def test_score_is_that_of_the_network(place):
+    code, text = place.run("tools/metrics.py", 2, "--score")
+    assert code == 3 and "05_train_eval.py demo 2" in text and "--train-on full --save" in text
+    assert place.run("05", "--train-on", "full", "--save", "--repeats", 1)[0] == 0
+    assert place.run("tools/metrics.py", 2, "--score")[0] == 0
+    network = common.MiniC3D(2).eval()
+    network.load_state_dict(load_file(place.work / "demo/05_networks/minic3d__demo/network.safetensors"))
+    for folder, name, count in (("03_samples", "gvd-samples", 8), ("04_distilled", "gvd", 2)):
+        right = {}
+        for index, label in enumerate(CLASSES):
+            files = sorted((place.work / "demo" / folder / "ipc2/gvd" / label).glob("*.mp4"))
+            assert len(files) == count
+            clips = [common.network_clip(common.read_video(file), common.DATASETS["demo"]) for file in files]
+            x = (np.stack(clips) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+            with torch.inference_mode():
+                logits = network(torch.from_numpy(x).float().permute(0, 4, 1, 2, 3))
+            right[label] = (logits.argmax(1) == index).double()
+        result = contract.read(place.work / f"demo/05_results/ipc2/{name}/score.json")
+        assert result["videos"] == 2 * count
+        assert result["per_class"] == {c: 100 * rates.mean().item() for c, rates in right.items()}
+        assert result["top1"] == 100 * torch.cat([*right.values()]).mean().item()
+
+
+@pytest.mark.parametrize("ipc", [1, 5, 10])
+def test_table_of_the_committed_results(ipc):
+    """They are of commit 8207400, whose names of a protocol's settings were others."""
+    folder = REPO / "results" / f"demo_ipc{ipc}"
+    results = [r for path in folder.glob("*.json") if "top1" in (r := contract.read(path))]
+    assert tables.markdown("demo", ipc, results) == (folder / "table.md").read_text("utf-8")
+    assert {tables.file_name(r) for r in results} == {p.stem for p in folder.glob("*.json")} - {"seconds"}
+
+
+def test_rows_that_are_not_run_and_the_paper():
+    lines = tables.markdown("hmdb51", 20, []).splitlines()
+    names = ["random", "random, soft labels", "herding", "kcenter", "gvd", "gvd, soft labels", "full"]
+    assert [line.split(" | ")[0][2:] for line in lines[2:9]] == names
+    assert all(line.split(" | ")[2] == "not run" for line in lines[2:9])
+    assert [line.split(" | ")[-1] for line in lines[2:9]] == ["- |"] * 5 + ["21.1 |", "28.58 |"]
+    assert "The best method before it: 13.2." in lines
+    assert tables.paper_figures("miniucf", 10) == {"full": "57.22"} and tables.paper_figures("demo", 5) == {}
+    assert "paper" not in tables.markdown("demo", 5, [])
+
+
+def seal(folder, **changes):
+    """Changes result.json and its record as if 05 had written it so."""
+    result, record = (contract.read(folder / name) for name in ("result.json", "manifest.json"))
+    contract.save(folder / "result.json", result | changes)
+    record["outputs"]["result.json"]["sha256"] = contract.sha256(folder / "result.json")
+    contract.save(folder / "manifest.json", record)
+
+
+def test_table_and_collected_results(place, tmp_path):
+    target, folder = tmp_path / "results", place.work / "demo/05_results/ipc2/gvd/minic3d__hard__demo"
+    words = ("tools/tables.py", 2, "--results", target)
+    assert place.run("05", "--train-on", "random")[0] == 0
+    code, text = place.run(*words)
+    assert code == 0 and f"left out {folder}: short of its protocol: epochs 2" in text and not target.exists()
+    (line,) = [line for line in text.splitlines() if line.startswith("| gvd |")]
+    result = contract.read(folder / "result.json")
+    assert f"{result['top1']['mean']:.1f} ± {result['top1']['std']:.1f} (2)" in line and "**short" in line
+    assert (place.work / "demo/tables/ipc2.md").read_text() in text
+    rows = {(r["set"], r["labels"]): r for r in contract.read(place.work / "demo/tables/ipc2.csv")}
+    assert float(rows["gvd", "hard"]["top1"]) == result["top1"]["mean"]
+    assert rows["herding", "hard"]["note"] == rows["gvd", "soft"]["note"] == "not run" and len(rows) == 7
+
+    seal(folder, complete=True, deviations=[])
+    assert place.run(*words)[0] == 0
+    copy = target / "demo_ipc2/gvd.json"
+    assert [path.name for path in sorted(copy.parent.iterdir())] == ["gvd.json", "table.md"]
+    assert copy.read_bytes() == (folder / "result.json").read_bytes()
+    assert (copy.parent / "table.md").read_text() == tables.markdown("demo", 2, [contract.read(copy)])
+
+    copy.unlink()
+    assert place.run("04", "--seed", 1)[0] == 0  # the set is made anew
+    code, text = place.run(*words)
+    assert code == 0 and "| gvd | minic3d, demo **of an older set** |" in text and not copy.exists()
+    assert "of an older set" not in next(line for line in text.splitlines() if line.startswith("| random |"))
+    record = contract.read(folder / "manifest.json")
+    contract.save(folder / "manifest.json", record | {"complete": False})
+    code, text = place.run(*words)
+    assert code == 0 and f"not finished: {folder}" in text and "| gvd | minic3d | not run" in text
+    contract.save(folder / "manifest.json", record)
+    contract.save(folder / "result.json", result)
+    code, text = place.run(*words)
+    assert code == 3 and "result.json is damaged" in text
+
+
+def test_benchmark_runs_the_stages(place, tmp_path, monkeypatch):
+    """Each part with as little as it takes: the stages as it calls them, but in this process."""
+
+    def run(line, **options):
+        script = load(Path(line[1]).name[:2])
+        monkeypatch.setattr(sys, "argv", line[1:])
+        contract.run(script.parse_args, script.main, script.estimate)
+        return subprocess.CompletedProcess(line, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    for name, value in {"SHAPE": (16, 4, 2, 2), "VIDEOS": 12, "CLUSTERS": 3, "IPC": 2, "CALLS": 3}.items():
+        monkeypatch.setattr(bench, name, value)
+    words = ("--steps", 1, "--epochs", 1, "--device", "cpu", "--dtype", "float32", "--results", tmp_path)
+    code, text = place.run("tools/bench.py", *words)
+    assert code == 0, text
+    figures = contract.read(tmp_path / "cpu-1.json")
+    assert set(figures) == {"sampling, demo", "kmeans, demo", "training, demo"}
+    assert all(min(f["seconds"].values()) > 0 and f["ratio"] > 0 for f in figures.values())
+    ours, plain = figures["kmeans, demo"]["inertia, ours and plain"]
+    assert ours == pytest.approx(plain, rel=1e-6)
