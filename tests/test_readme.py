@@ -95,8 +95,8 @@ def test_length_links_and_commands():
     for text, folder in ((README, REPO), (DEMO, REPO / "demo")):
         for target in re.findall(r"\]\(([^)#]+)", text):
             assert target.startswith("https://") or (folder / target).exists(), target
-        for block in re.findall(r"```\n(.*?)```", text, re.S):
-            for line in block.splitlines():
+        for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.S | re.M):
+            for line in block.splitlines() if not language else ():
                 words = shlex.split(line.split("  #")[0])
                 assert words[0] in ("bash", "python", "torchrun") and (REPO / words[1]).exists(), line
         for name in re.findall(r"`(?:python )?((?:\w+/)*\w+\.(?:py|sh|md|json|csv|txt))", text):
