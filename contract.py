@@ -173,38 +173,26 @@ def gather(value=None):
     return values
 
 
-class RawFile(io.FileIO):
-    """Remembers a failed write, which torch.save and PyAV report as an error of their own."""
-
-    failed = None
-
-    def write(self, data):
-        try:
-            return super().write(data)
-        except OSError as error:
-            self.failed = error
-            raise
-
-
 @contextlib.contextmanager
 def atomic(path, size=0):
     """A handle to a temporary file that replaces `path` when the block ends without an error.
 
     size: the bytes to be written, if known. A disk that cannot be written is a ContractError.
     """
-    path, raw = Path(path), None
+    path = Path(path)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        raw = RawFile(temporary, "w+")
-        with io.BufferedRandom(raw) as handle:
+        with open(temporary, "w+b") as handle:
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(temporary, path)
     except Exception as error:
-        failed = (raw and raw.failed) or error
-        if getattr(failed, "errno", None) not in UNWRITABLE:
+        failed = error  # torch.save and PyAV raise an error of their own; the context of that is the write's
+        while failed and getattr(failed, "errno", None) not in UNWRITABLE:
+            failed = failed.__context__
+        if failed is None:
             raise
         there = next(folder for folder in path.absolute().parents if folder.exists())
         needed, free = f"{size:,} bytes" if size else "room", f"{shutil.disk_usage(there).free:,} bytes free"

@@ -160,6 +160,8 @@ def test_accuracy_of_several_passes_is_their_mean():
     assert [stage.test(net, [x], labels, CLASSES, torch.float32)["top1"] for x in passes] == [100, 75, 50]
     wanted = {"top1": 75, "top5": 100, "per_class": {"Walk": 83.3333, "Wave": 66.6667}}
     assert stage.test(net, passes, labels, CLASSES, torch.float32) == wanted
+    forgetful = torch.nn.Sequential(torch.nn.Dropout(1.0), net).train()  # dropout is off in a test
+    assert stage.test(forgetful, passes, labels, CLASSES, torch.float32) == wanted
 
 
 def stop_at(monkeypatch, *stop):

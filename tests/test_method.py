@@ -95,6 +95,24 @@ def test_minic3d_parameters_and_shapes():
             assert net(torch.zeros(2, 3, 16, side, side)).shape == (2, 50)
 
 
+@pytest.mark.parametrize("grouping", ["random", "in-order"])
+@pytest.mark.parametrize("frames", ["random", "continuous"])
+@pytest.mark.parametrize("pattern", ["4x4", "8x2", "3-3-3-3-2-2", "2x8", "1x16"])
+def test_every_video_is_used_once_and_frames_rise(pattern, frames, grouping):
+    compose = load("04")
+    plan = compose.compose_plan("Walk", 5, 0, pattern, frames, grouping)
+    counts = compose.PATTERNS[pattern]
+    used = [sample for video in plan for sample, _ in video]
+    assert sorted(used) == sorted(f"{k}_{draw}" for k in range(5) for draw in range(len(counts)))
+    for k, video in enumerate(plan):
+        steps = [np.diff(numbers) for _, numbers in video]
+        assert [len(numbers) for _, numbers in video] == [*counts] and sum(counts) == 16
+        assert all((step > 0).all() and (frames == "random" or (step == 1).all()) for step in steps)
+        assert grouping == "random" or {sample.split("_")[0] for sample, _ in video} == {str(k)}
+    assert plan == compose.compose_plan("Walk", 5, 0, pattern, frames, grouping)
+    assert grouping == "in-order" or plan != compose.compose_plan("Walk", 5, 1, pattern, frames, grouping)
+
+
 def test_a_distilled_video_is_the_planned_frames(sampled):
     """Of the generated videos, joined source after source; both were compressed once more: in dB."""
     root = sampled.work / "demo"
