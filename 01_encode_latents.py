@@ -113,16 +113,19 @@ def find_clips(args):
     if absent and not (args.partial and root.is_dir()):
         raise missing(args.dataset, args.data_root, absent[0], f"{present}; --partial works with those")
     if absent:
-        contract.say(f"01 partial: {present} are present")
+        empty = ", ".join(label for label in clips if not clips[label])
+        contract.say(f"01 partial: {present} are present" + f"; none of {empty}" * bool(empty))
     return clips
 
 
-def encode(vae, frames):
-    """Frames uint8 [16, H, W, 3] -> scaled mean latents float16 [16, 4, h, w] (eq. 4)."""
+def encode(vae, frames, path):
+    """Frames uint8 [16, H, W, 3] of a video -> scaled mean latents float16 [16, 4, h, w] (eq. 4)."""
     x = torch.from_numpy(frames).to(vae.device).permute(0, 3, 1, 2).float() / 127.5 - 1  # -1 to 1
     with torch.inference_mode():
-        z = vae.encode(x).latent_dist.mean
-    return (z * vae.config.scaling_factor).half().cpu().numpy()
+        z = (vae.encode(x).latent_dist.mean * vae.config.scaling_factor).half()
+    if not z.isfinite().all():
+        raise contract.ContractError(f"{path}: its latents are not finite in float16", fix="another --model")
+    return z.cpu().numpy()
 
 
 def window_frames(count, generator):
@@ -178,7 +181,7 @@ def encode_class(clips, label, args, vae, factor):
             windows = random_windows(video, label, name, WINDOWS[f"windows/{split}"], args)
             arrays[f"windows/{split}"].append(windows[None])
         if vae is not None and split == "train":
-            latents.append(encode(vae, common.resize_frames(frames, args.size))[None])
+            latents.append(encode(vae, common.resize_frames(frames, args.size), path)[None])
     content = {f"{label}.npy": np.concatenate(latents), f"{label}.csv": tables["train"]}
     content |= {f"{part}/{label}.npy": np.concatenate(clips) for part, clips in arrays.items()}
     return content | {f"{split}/{label}.csv": rows for split, rows in tables.items()}, broken

@@ -3,6 +3,7 @@
 import contract
 
 import hashlib
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -110,6 +111,8 @@ def test_missing_data_and_partial(fresh):
     assert code == 3 and "12 of 14 listed clips; --partial" in text, text
     assert fresh.run("01", "--partial")[0] == 0
     assert np.load(fresh.work / "demo/01_clips/test/Walk.npy").shape == (0, 1, 16, 48, 48, 3)
+    (fresh.data / "demo/UCF-101/Walk").rename(fresh.data / "Walk")
+    assert "none of Walk\n" in fresh.run("01", "--partial", "--dry-run")[1]
 
 
 def test_broken_videos_are_named_and_counted(fresh):
@@ -160,6 +163,11 @@ def test_latents_decode_to_the_clip(tmp_path):
     decoded = common.decode(network, torch.from_numpy(latents[0]).float())
     error = decoded - video[common.uniform_frames(len(video)), :, :, ::-1].astype(float)
     assert 10 * np.log10(255**2 / np.square(error).mean()) > 28 and 0.15 < latents.std() < 0.3
+    network.encoder.conv_out.bias[0] = float("nan")
+    network.save_pretrained(vae)
+    code, text = Place(tmp_path, tmp_path / "model", tmp_path / "nan", "demo", "Walk").run("01")
+    assert code == 3 and f"{path}: its latents are not finite" in text, text
+    assert not [name for name in os.listdir(tmp_path / "nan/demo/01_latents") if name.endswith("npy")]
 
 
 def test_short_portrait_and_long_videos(tmp_path):
