@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 import common
+import media
 
 COLUMNS = ("name", "official", "frames", "width", "height")  # of <class>.csv
 WINDOWS = {"windows/train": 1, "windows/test": 3}  # of a clip: for training, for each test pass
@@ -98,6 +99,7 @@ def missing(dataset, data_root, path, found=None):
 
 def find_clips(args):
     """{class: [(name, split, official, sha256, path)]} of the listed clips that are present and asked for."""
+    media.opencv()  # or an error, before any folder is begun
     listed = [clip for clip in list_clips(args.dataset, args.data_root) if clip[0] in args.classes]
     listed = [clip for clip in listed if clip[3] or args.hmdb_train != "official"]
     clips, absent, root = {label: [] for label in args.classes}, [], args.data_root / args.spec["videos"]
@@ -135,24 +137,35 @@ def window_frames(count, generator):
     fails on a video of at most 16 frames, which has no window to choose: here they are spread over the clip.
     """
     if count <= common.NUM_FRAMES:
-        return common.uniform_frames(count)
+        return media.uniform_frames(count)
     stride = min(STRIDE, count // common.NUM_FRAMES)
     starts = count - (common.NUM_FRAMES - 1) * stride - 1
     return int(torch.randint(starts, (), generator=generator)) + stride * np.arange(common.NUM_FRAMES)
 
 
-def random_windows(video, label, name, count, args):
-    """Windows 1 to `count` of a video [n, h, w, 3] as the networks see them: uint8 [count, 16, S, S, 3].
+def random_windows(label, name, count, number, seed):
+    """[(frames [16], whether flipped)] of windows 1 to `number` of a clip of `count` frames.
 
-    Start and flip depend on the seed, the clip's class and name and the window, on nothing else.
+    They depend on the seed, the clip's class and name and the window, on nothing else.
     """
-    clips = []
-    for window in range(1, count + 1):
-        generator = contract.generator(args.seed, "01", label, name, "window", window)
-        flip = torch.rand((), generator=generator) < 0.5
-        clip = common.network_clip(video[window_frames(len(video), generator)], args.spec)
-        clips.append(clip[:, :, ::-1] if flip else clip)
-    return np.stack(clips)
+    windows = []
+    for window in range(1, number + 1):
+        generator = contract.generator(seed, "01", label, name, "window", window)
+        flip = bool(torch.rand((), generator=generator) < 0.5)
+        windows.append((window_frames(count, generator), flip))
+    return windows
+
+
+def read_windows(path, label, name, number, args):
+    """Window 0 of a video at its own size, the network's clips of all, [16, S, S, 3] each, and its frames."""
+
+    def windows(count):
+        return [(media.uniform_frames(count), False), *random_windows(label, name, count, number, args.seed)]
+
+    frames, count = media.read_frames(path, lambda n: np.concatenate([frames for frames, _ in windows(n)]))
+    parts = np.split(frames, 1 + number)
+    clips = [media.network_clip(part, args.spec) for part in parts]
+    return parts[0], [c[:, :, ::-1] if w[1] else c for c, w in zip(clips, windows(count), strict=True)], count
 
 
 def class_files(label, args):
@@ -169,19 +182,18 @@ def encode_class(clips, label, args, vae, factor):
     arrays = {part: [np.zeros((0, n, 16, side, side, 3), np.uint8)] for part, n in args.parts.items()}
     for name, split, official, _, path in clips:
         try:
-            video = common.read_video(path)  # uint8 [n, height, width, 3]
-        except common.BadVideo as error:
+            number = WINDOWS[f"windows/{split}"] if args.windows else 0
+            frames, views, count = read_windows(path, label, name, number, args)
+        except media.BadVideo as error:
             print(f"01 broken video: {path}: {error}", flush=True)  # by whichever process has the class
             broken += 1
             continue
-        frames = video[common.uniform_frames(len(video))]
-        tables[split].append((name, official, len(video), video.shape[2], video.shape[1]))
-        arrays[split].append(common.network_clip(frames, args.spec)[None, None])
+        tables[split].append((name, official, count, frames.shape[2], frames.shape[1]))
+        arrays[split].append(views[0][None, None])
         if args.windows:
-            windows = random_windows(video, label, name, WINDOWS[f"windows/{split}"], args)
-            arrays[f"windows/{split}"].append(windows[None])
+            arrays[f"windows/{split}"].append(np.stack(views[1:])[None])
         if vae is not None and split == "train":
-            latents.append(encode(vae, common.resize_frames(frames, args.size), path)[None])
+            latents.append(encode(vae, media.resize_frames(frames, args.size), path)[None])
     content = {f"{label}.npy": np.concatenate(latents), f"{label}.csv": tables["train"]}
     content |= {f"{part}/{label}.npy": np.concatenate(clips) for part, clips in arrays.items()}
     return content | {f"{split}/{label}.csv": rows for split, rows in tables.items()}, broken

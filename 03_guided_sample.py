@@ -36,6 +36,7 @@ import numpy as np
 import torch
 
 import common
+import media
 
 GUIDANCE = 0.1  # lambda of eq. 7
 STOP = 0.5  # guide while t > STOP * T: 0 is always, 1 never (section 4.1: half of the timesteps)
@@ -283,7 +284,7 @@ def main(args):
     contract.say(f"03 on {device} in {str(dtype)[6:]}, U-Net {unet_folder}, {values}")
     kind = DDIMScheduler if args.scheduler == "ddim" else DPMSolverMultistepScheduler
     scheduler = kind.from_pretrained(model / "scheduler")
-    embeddings = common.embed(model, ["", *prompts.values()], device)
+    embeddings = common.embed(model, prompts, device)
     unet = common.load_part(unet_folder, "unet", device, dtype)
     unet.set_attn_processor(PromptAttention())
     vae, factor = common.load_part(model / "vae", "vae", device, torch.float32), common.vae_factor(model)
@@ -304,7 +305,7 @@ def main(args):
                 what, found = f"{output.folder / mp4}: latents are not finite", f"up to {z.abs().max():.3g}"
                 raise contract.ContractError(what, "finite in float16", found, "less guidance, or less --cfg")
             if mp4 in output.todo:
-                common.write_mp4(output.folder / mp4, common.decode(vae, z, name=output.folder / mp4), FPS)
+                media.write_mp4(output.folder / mp4, common.decode(vae, z, name=output.folder / mp4), FPS)
             if npy in output.todo:
                 contract.save(output.folder / npy, z.half().cpu().numpy())
     output.finish()

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 import common
+import media
 
 PATTERNS = {"4x4": (4,) * 4, "8x2": (2,) * 8, "3-3-3-3-2-2": (3, 3, 3, 3, 2, 2), "2x8": (8, 8), "1x16": (16,)}
 PATTERN = "4x4"  # videos x frames (section 3.4)
@@ -100,8 +101,8 @@ def compose(folder, plan, fix):
     for sample, frames in plan:
         path = folder / f"{sample}.mp4"
         try:
-            parts.append(common.read_video(path)[frames])  # [4, H, W, 3] with 4x4
-        except common.BadVideo as error:
+            parts.append(media.read_video(path)[frames])  # [4, H, W, 3] with 4x4
+        except media.BadVideo as error:
             raise contract.ContractError(f"{path}: {error}", "a video", fix=f"{fix} --redo") from None
     return np.concatenate(parts)
 
@@ -130,7 +131,7 @@ def main(args):
     for name in contract.bar(output.mine(videos, lambda name: [name]), desc="04 videos"):
         label, i = name.removesuffix(".mp4").split("/")
         frames = compose(source.folder / label, plans[label][int(i)], fix)
-        common.write_mp4(output.folder / name, frames, FPS)
+        media.write_mp4(output.folder / name, frames, FPS)
     rows, labels = [], {name.split("/")[0] for name in (*output.record["outputs"], *videos) if "/" in name}
     for label in sorted(labels):  # also the classes of an earlier run
         for i, plan in enumerate(compose_plan(label, number, args.seed, **method)):

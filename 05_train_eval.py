@@ -32,6 +32,7 @@ from safetensors.torch import save
 from torch import nn
 
 import common
+import media
 
 # A step takes a tenth of the set, min_batch_size to max_batch_size clips. Small sets are trained for more
 # epochs, until there are min_steps steps. At lr_drop_at of the epochs lr falls to a tenth.
@@ -421,7 +422,7 @@ def main(args):
     contract.say(f"05 {args.net} on {device} in {str(dtype)[6:]}, protocol {protocol}")
     if kind == "videos":
         for label, (names, _) in contract.bar(clips.items(), desc="05 read"):
-            clips[label] = names, common.network_clips(folder, names, args.spec)[:, None]
+            clips[label] = names, media.network_clips(folder, names, args.spec)[:, None]
     windows = range(next(iter(test_clips.values()))[1].shape[1])
     passes, labels, _ = zip(*(tensors(test_clips, None, device, w, args.net) for w in windows), strict=True)
     for r, file in enumerate(repeats):

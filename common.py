@@ -1,11 +1,10 @@
-"""What several stages share: the method (guided step, decay, MiniC3D), data sets, the model, videos."""
+"""What several stages share: the method (guided step, decay, MiniC3D), the data sets, the model."""
 
-from contract import ROOT, ContractError, Missing, atomic, digest, read, sha256
+from contract import ROOT, ContractError, Missing, digest, read, sha256
 
 from pathlib import Path
 from pickle import UnpicklingError
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -242,106 +241,27 @@ def read_prompts(args):
 
 
 def embed(folder, prompts, device):
-    """{prompt: float32 [1, tokens, width]} by a model's text encoder, which is needed only here."""
+    """{prompt: float32 [1, tokens, width]} of {class: prompt}, and of "", by the text encoder of a model.
+
+    Raises ContractError for a prompt that is too long, whose end the encoder would not see.
+    """
     from transformers import CLIPTokenizer
 
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     except (OSError, ValueError) as error:
         raise ContractError(f"{folder / 'tokenizer'} cannot be loaded", found=error) from None
+    limit = tokenizer.model_max_length
+    for label, prompt in prompts.items():
+        if len(ids := tokenizer(prompt).input_ids) > limit:
+            what, found = f"the prompt of {label} is too long", f"{len(ids)}; without the end it lacks "
+            lost = tokenizer.decode(ids[limit - 1 : -1])
+            raise ContractError(what, f"at most {limit} tokens", found + repr(lost), "a shorter prompt")
     encoder, embeddings = load_part(folder / "text_encoder", "text_encoder", device, torch.float32), {}
-    options = dict(padding="max_length", truncation=True, max_length=tokenizer.model_max_length)
-    for prompt in sorted(set(prompts)):
-        ids = tokenizer(prompt, return_tensors="pt", **options).input_ids.to(device)
+    for prompt in sorted({"", *prompts.values()}):
+        ids = tokenizer(prompt, padding="max_length", max_length=limit, return_tensors="pt").input_ids.to(
+            device
+        )
         with torch.inference_mode():
             embeddings[prompt] = encoder(ids).last_hidden_state
     return embeddings
-
-
-# --- videos
-
-# At least 38 dB on real frames. The macroblock tree and processor-dependent code do not repeat their bytes.
-X264 = {"crf": "12", "tune": "psnr", "flags": "+bitexact", "x264-params": "cpu-independent=1:mbtree=0"}
-
-
-class BadVideo(Exception):
-    """A video file that cannot be decoded as a whole."""
-
-
-def uniform_frames(count):
-    """Indices of 16 frames spread over `count`: floor((i + 0.5) * count / 16). Short videos repeat frames."""
-    return np.floor((np.arange(NUM_FRAMES) + 0.5) * count / NUM_FRAMES).astype(int)
-
-
-def read_video(path):
-    """All frames of a video file, uint8 RGB [n, height, width, 3], n >= 1.
-
-    Raises BadVideo when the file is missing, empty or broken, and when less than nine tenths of the frames
-    that its header states can be decoded.
-    """
-    import cv2
-
-    path = Path(path)
-    if not path.is_file():
-        raise BadVideo("no such file")
-    capture = cv2.VideoCapture(str(path.absolute()), cv2.CAP_FFMPEG)  # absolute: names may begin with -
-    frames, stated = [], int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if capture.isOpened() else 0
-    while (found := capture.read())[0]:
-        frames.append(found[1])
-    capture.release()
-    if not frames:
-        raise BadVideo("no frame can be decoded" if path.stat().st_size else "empty file")
-    if len({frame.shape for frame in frames}) > 1:
-        raise BadVideo("the frames change their size")
-    if len(frames) < 0.9 * stated:
-        raise BadVideo(f"only {len(frames)} of {stated} frames can be decoded")
-    return np.stack(frames)[..., ::-1]  # OpenCV gives BGR
-
-
-def resize_frames(frames, size):
-    """Plain bilinear resize of uint8 frames [n, h, w, 3] to `size` (width, height), aspect ratio ignored."""
-    import cv2
-
-    if (frames.shape[2], frames.shape[1]) == tuple(size):
-        return np.ascontiguousarray(frames)
-    frames = map(np.ascontiguousarray, frames)
-    return np.stack([cv2.resize(f, tuple(size), interpolation=cv2.INTER_LINEAR) for f in frames])
-
-
-def network_clip(frames, spec):
-    """Frames [16, h, w, 3] as the networks see them, resized and cropped: uint8 [16, S, S, 3]."""
-    (width, height), side = spec["resize"], spec["side"]
-    top, left = (height - side) // 2, (width - side) // 2
-    return resize_frames(frames, spec["resize"])[:, top : top + side, left : left + side]
-
-
-def network_clips(folder, names, spec):
-    """16 frames of each of the videos below a folder as the networks see them: uint8 [n, 16, S, S, 3]."""
-    clips = []
-    for name in names:
-        try:
-            video = read_video(folder / name)
-        except BadVideo as error:
-            raise ContractError(f"{folder / name}: {error}", "a video") from None
-        clips.append(network_clip(video[uniform_frames(len(video))], spec))
-    return np.stack(clips)
-
-
-def write_mp4(path, frames, rate=8):
-    """Writes uint8 RGB frames [n, h, w, 3] (even sides) as H.264, yuv420p, `rate` per second, atomically.
-
-    The same frames give the same bytes: one encoder thread, no dates, and the conversion to yuv420p is done
-    here, since the encoder's own threaded conversion is not repeatable.
-    """
-    import av
-
-    options = {"format": "mp4", "options": {"fflags": "+bitexact"}}
-    with atomic(path) as handle, av.open(handle, "w", **options) as container:
-        stream = container.add_stream("libx264", rate=rate)
-        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
-        stream.codec_context.thread_count = 1
-        stream.codec_context.options = dict(X264)
-        for frame in frames:
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            container.mux(stream.encode(picture.reformat(format="yuv420p")))
-        container.mux(stream.encode())

@@ -3,7 +3,7 @@
 # $test_modules: further modules that it must have.
 
 here="$(dirname "${BASH_SOURCE[0]}")"
-fits() { # torch >= 2.11, the pinned minor versions of diffusers and transformers, and the rest at any version
+fits() { # torch >= 2.11, diffusers and transformers of the pinned minor version, OpenCV of the major one
   "$1" - "$here/requirements.txt" ${test_modules:-} <<'PY' 2>/dev/null
 import importlib.metadata as m, importlib.util as u, re, sys
 minor = lambda v: tuple(int(x) for x in re.findall(r"\d+", v)[:2])
@@ -11,6 +11,8 @@ pins = dict(re.findall(r"^([a-z-]+)==([\d.]+)", open(sys.argv[1]).read(), re.M))
 modules = ("numpy", "sklearn", "tqdm", "cv2", "av", "filelock", "matplotlib", *sys.argv[2:])
 good = sys.version_info >= (3, 11) and minor(m.version("torch")) >= (2, 11)
 good = good and all(minor(m.version(p)) == minor(pins[p]) for p in ("diffusers", "transformers"))
+cv = "opencv-python-headless"  # another one may decode to other frames
+good = good and minor(m.version(cv))[0] == minor(pins[cv])[0]
 sys.exit(not (good and all(u.find_spec(module) for module in modules)))
 PY
 }

@@ -19,6 +19,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import common  # noqa: E402
+import media  # noqa: E402
 
 FRAMES = (0, 2, 4, 6, 8, 10, 12, 14)  # shown of the 16
 COLUMNS = ("real", "prototype", "generated", "composed")
@@ -80,7 +81,7 @@ def main(args):
         real = clips.load(f"train/{label}.npy")[index, 0]  # uint8 [16, S, S, 3]
         latents = torch.from_numpy(np.array(prototypes.load(f"{label}.npy")[0]))  # float32 [16, 4, h, w]
         paths = (samples.folder / label / "0_0.mp4", distilled.folder / composed[label])
-        rows[label] = [real, common.decode(vae, latents), *(common.read_video(path) for path in paths)]
+        rows[label] = [real, common.decode(vae, latents), *(media.read_video(path) for path in paths)]
     with contract.atomic(output.folder / wanted[0]) as handle:
         draw(rows).savefig(handle, format="png", dpi=80, metadata={"Software": None})
     output.finish()

@@ -38,6 +38,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import common  # noqa: E402
+import media  # noqa: E402
 
 PAIR = ("SitDown", "StandUp")  # the same poses in opposite order
 PAIR_EPOCHS = 30  # enough for the network that sees the frames in order
@@ -134,10 +135,10 @@ def real_video(args, label, name):
     """The 16 frames that 01 encodes of a real clip, at generator size: uint8 [16, H, W, 3]."""
     path = args.data_root / args.spec["videos"] / label / f"{name}.avi"
     try:
-        video = common.read_video(path)
-    except common.BadVideo as error:
+        frames, _ = media.read_frames(path, media.uniform_frames)
+    except media.BadVideo as error:
         raise contract.ContractError(f"{path}: {error}", fix="python demo/draw_videos.py") from None
-    return common.resize_frames(video[common.uniform_frames(len(video))], args.spec["size"])
+    return media.resize_frames(frames, args.spec["size"])
 
 
 def reorder(args, order):
@@ -179,7 +180,7 @@ def write_real_samples(args):
     inputs = source.check(f"train/{label}.{kind}" for label in args.classes for kind in ("npy", "csv"))
     output = contract.Output(args, f"03_samples/ipc{args.ipc}/real", {"ipc": args.ipc}, inputs, list(clips))
     for file in contract.bar(output.mine(list(clips), lambda file: [file]), desc="real clips"):
-        common.write_mp4(output.folder / file, real_video(args, *clips[file]), FPS)
+        media.write_mp4(output.folder / file, real_video(args, *clips[file]), FPS)
     output.finish()
 
 
@@ -219,7 +220,7 @@ def distances(args, sets):
     for name in sets:
         folder = args.work_dir / "demo" / f"03_samples/ipc{args.ipc}" / name
         videos = [path.relative_to(folder) for path in folder.glob("*/*.mp4")]
-        values[f"{name} samples"] = nearest(common.network_clips(folder, videos, args.spec), training)
+        values[f"{name} samples"] = nearest(media.network_clips(folder, videos, args.spec), training)
     return values
 
 

@@ -42,6 +42,7 @@ import contract  # noqa: E402  isort: skip
 from train_teacher import read_clips  # noqa: E402
 
 import common  # noqa: E402
+import media  # noqa: E402
 
 PAIR = ("SitDown", "StandUp")  # the same poses in opposite order
 
@@ -105,11 +106,11 @@ def load_checkpoint(path, settings):
 def training_clips(data_root):
     """[(class, frames uint8 [n, 32, 32, 3])] of the demo's training clips."""
     size = common.DATASETS["demo"]["size"]
-    return [(label, common.resize_frames(video, size)) for label, video in read_clips(data_root, "train")]
+    return [(label, media.resize_frames(video, size)) for label, video in read_clips(data_root, "train")]
 
 
 def spread_frames(count, offset=0.5):
-    """common.uniform_frames, from `offset` of a step on."""
+    """media.uniform_frames, from `offset` of a step on."""
     return np.floor((np.arange(common.NUM_FRAMES) + offset) * count / common.NUM_FRAMES).astype(int)
 
 

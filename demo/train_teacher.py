@@ -32,6 +32,7 @@ from tqdm import tqdm  # noqa: E402
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification  # noqa: E402
 
 import common  # noqa: E402
+import media  # noqa: E402
 
 SPEC = common.DATASETS["demo"]
 SEED = 0
@@ -54,7 +55,7 @@ def read_clips(data_root, split):
     """[(class, frames uint8 [n, h, w, 3])] of the demo's clips of a split, sorted by class and name."""
     lines = (data_root / SPEC["lists"] / f"{split}list01.txt").read_text().splitlines()
     names = sorted(line.split()[0] for line in lines)  # <class>/<clip>.avi, for training clips with a number
-    videos = [common.read_video(data_root / SPEC["videos"] / name) for name in tqdm(names, f"decode {split}")]
+    videos = [media.read_video(data_root / SPEC["videos"] / name) for name in tqdm(names, f"decode {split}")]
     return [(name.split("/")[0], video) for name, video in zip(names, videos, strict=True)]
 
 
@@ -72,7 +73,7 @@ def draw_batch(clips, generator):
     mirrored = torch.rand(BATCH, generator=generator) < 0.5
     videos = [clips[i][1] for i in chosen]
     frames = [video[draw_frames(len(video), generator)] for video in videos]
-    x = torch.from_numpy(np.stack([common.network_clip(f, SPEC) for f in frames]))
+    x = torch.from_numpy(np.stack([media.network_clip(f, SPEC) for f in frames]))
     return torch.where(mirrored[:, None, None, None, None], x.flip(3), x), chosen
 
 
@@ -200,7 +201,7 @@ def main(args):
 
     network, scale = videomae.load(args.out, device)
     test = read_clips(args.data_root, "test")
-    seen = [common.network_clip(frames[common.uniform_frames(len(frames))], SPEC) for _, frames in test]
+    seen = [media.network_clip(frames[media.uniform_frames(len(frames))], SPEC) for _, frames in test]
     _, logits = videomae.run(network, scale, np.stack(seen))
     predicted = [classes[i] for i in logits.argmax(1).tolist()]
     correct = np.array([p == label for p, (label, _) in zip(predicted, test, strict=True)])

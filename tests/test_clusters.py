@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import load
 
-import common
+import media
 
 CLUSTERS = ("direct", "real-video", "dummy-video", "herding", "gmm")
 
@@ -321,11 +321,11 @@ def test_every_composition_has_a_folder_of_its_own(sampled, tmp_path):
     rows = contract.read(root / "gvd-2x8-continuous-in-order/metadata.csv")
     assert [row["sources"] for row in rows] == ["0_0 0_1", "1_0 1_1"] * 2
     assert all(len(row["frames"].split(" ")) == 2 for row in rows)
-    whole = common.read_video(place.work / "demo/03_samples/ipc2/gvd/Walk/0_0.mp4")
+    whole = media.read_video(place.work / "demo/03_samples/ipc2/gvd/Walk/0_0.mp4")
     rows = contract.read(root / "gvd-1x16/metadata.csv")
     assert rows[0]["frames"] == "-".join(map(str, range(16)))
     (index,) = [i for i, row in enumerate(rows) if (row["label"], row["sources"]) == ("Walk", "0_0")]
-    composed = common.read_video(root / f"gvd-1x16/Walk/{index}.mp4")
+    composed = media.read_video(root / f"gvd-1x16/Walk/{index}.mp4")
     assert np.abs(composed.astype(int) - whole).mean() < 4  # the same video, written twice
     code, text = place.run("04", "--name", "gvd", "--pattern", "2x8", "--dry-run")
     assert "pattern 4x4 -> 2x8" in text, text

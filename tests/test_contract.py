@@ -353,7 +353,7 @@ def test_failed_torch_save_and_mp4_say_so_too(tmp_path):
         "value = np.random.default_rng(0).integers(0, 255, (16, 64, 64, 3), np.uint8)\n"
         "for path in ('a.pt', 'a.mp4'):\n"
         "  try:\n"
-        "    save = common.write_mp4 if path == 'a.mp4' else contract.save\n"
+        "    save = media.write_mp4 if path == 'a.mp4' else contract.save\n"
         "    save(path, value if path == 'a.mp4' else torch.tensor(value))\n"
         "  except contract.ContractError as error:\n    print(path, error)\n"
     )

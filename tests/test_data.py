@@ -5,7 +5,6 @@ import contract
 import hashlib
 import os
 import shutil
-from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from conftest import CLASSES, Place, load, write_video
 
 import common
+import media
 
 STAGE = load("01")
 # Clips of a split, and the sha256 of their sorted names without .avi, one a line.
@@ -45,7 +45,7 @@ def test_official_lists(real_data, dataset, split, count, sha256):
 
 def test_frames_and_windows_of_a_video():
     for count in (1, 5, 16, 64, 100):
-        frames = common.uniform_frames(count)
+        frames = media.uniform_frames(count)
         assert frames.tolist() == [int((i + 0.5) * count / 16) for i in range(16)]
         if count <= 16:  # no window to choose
             assert (STAGE.window_frames(count, contract.generator(0)) == frames).all()
@@ -57,18 +57,14 @@ def test_frames_and_windows_of_a_video():
 
 
 def test_windows_depend_on_seed_clip_and_window_only():
-    """Frames that hold their number and a mark at the left tell which were taken and which are flipped."""
-    video, starts, flips = np.zeros((100, 48, 48, 3), np.uint8), set(), []
-    video[..., 0], video[:, :, :4, 1] = np.arange(100)[:, None, None], 200
+    starts, flips = set(), []
     for seed, name in ((seed, str(name)) for seed in (0, 1) for name in range(40)):
-        args = SimpleNamespace(seed=seed, spec=common.DATASETS["demo"])
-        clips = STAGE.random_windows(video, "Walk", name, 3, args)
-        assert (clips[:1] == STAGE.random_windows(video, "Walk", name, 1, args)).all()
-        frames, left = clips[:, :, 0, 0, 0].astype(int), clips[:, :, :, 0, 1].reshape(3, -1)
-        assert (frames == frames[:, :1] + 4 * np.arange(16)).all()
-        assert (left == left[:, :1]).all()  # all frames of a window alike
-        starts.add(tuple(frames[:, 0]))
-        flips += (left[:, 0] == 0).tolist()
+        windows = STAGE.random_windows("Walk", name, 100, 3, seed)
+        again = STAGE.random_windows("Walk", name, 100, 1, seed)
+        assert (windows[0][0] == again[0][0]).all() and windows[0][1] == again[0][1]
+        assert all((np.diff(frames) == 4).all() for frames, _ in windows)
+        starts.add(tuple(frames[0] for frames, _ in windows))
+        flips += [flip for _, flip in windows]
     assert len(starts) > 75 and 0.4 < np.mean(flips) < 0.6
 
 
@@ -161,7 +157,7 @@ def test_latents_decode_to_the_clip(tmp_path):
     latents = np.load(tmp_path / "demo/01_latents/Walk.npy")
     network = common.load_part(vae, "vae", torch.device("cpu"), torch.float32)
     decoded = common.decode(network, torch.from_numpy(latents[0]).float())
-    error = decoded - video[common.uniform_frames(len(video)), :, :, ::-1].astype(float)
+    error = decoded - video[media.uniform_frames(len(video)), :, :, ::-1].astype(float)
     assert 10 * np.log10(255**2 / np.square(error).mean()) > 28 and 0.15 < latents.std() < 0.3
     network.encoder.conv_out.bias[0] = float("nan")
     network.save_pretrained(vae)
@@ -174,12 +170,12 @@ def test_short_portrait_and_long_videos(tmp_path):
     spec, path = common.DATASETS["hmdb51"], tmp_path / "-a#1[b]!&;(c)%@.avi"
     for count, size in ((1, (40, 32)), (3, (24, 64)), (200, (64, 48))):
         write_video(path, count, 0, size)
-        video = common.read_video(path)
+        video = media.read_video(path)
         assert video.shape == (count, size[1], size[0], 3)
-        assert common.network_clip(video[common.uniform_frames(count)], spec).shape == (16, 112, 112, 3)
+        assert media.network_clip(video[media.uniform_frames(count)], spec).shape == (16, 112, 112, 3)
     frames = np.zeros((16, 120, 160, 3), np.uint8)
     frames[:, 4:116, 24:136] = 255  # the central crop
-    assert common.network_clip(frames, spec).min() == 255
+    assert media.network_clip(frames, spec).min() == 255
 
 
 def test_real_clips(real_data, tmp_path):
@@ -187,12 +183,12 @@ def test_real_clips(real_data, tmp_path):
     for path in sorted(real_data.rglob("*.avi")):
         with av.open(str(path), metadata_errors="ignore") as container:
             count = sum(1 for _ in container.decode(video=0))
-        video, made = common.read_video(path), set()
-        frames = common.resize_frames(video[common.uniform_frames(count)], (448, 256))
+        video, made = media.read_video(path), set()
+        frames = media.resize_frames(video[media.uniform_frames(count)], (448, 256))
         for _ in range(3):
-            common.write_mp4(tmp_path / "a.mp4", frames)
+            media.write_mp4(tmp_path / "a.mp4", frames)
             made.add((tmp_path / "a.mp4").read_bytes())
-        error = np.square(common.read_video(tmp_path / "a.mp4").astype(float) - frames).mean()
+        error = np.square(media.read_video(tmp_path / "a.mp4").astype(float) - frames).mean()
         assert (len(video), len(made)) == (count, 1) and 10 * np.log10(255**2 / error) >= 38, path.name
 
 

@@ -15,6 +15,7 @@ from conftest import CLASSES, REPO, TINY, load
 from diffusers import DDIMScheduler
 
 import common
+import media
 
 TRAIN = """
 import os, signal, sys
@@ -79,14 +80,14 @@ def test_shipped_models_fit_their_world():
     common.check_model(folder, folder / "unet")
     vae, unet = (common.load_part(folder / part, part, cpu, torch.float32) for part in ("vae", "unet"))
     videos = [load("demo/draw_videos.py").draw_clip(label, 1, 1, 1)[..., ::-1] for label in spec["classes"]]
-    clips = np.stack([video[common.uniform_frames(len(video))] for video in videos])  # RGB [8, 16, 32, 32, 3]
+    clips = np.stack([video[media.uniform_frames(len(video))] for video in videos])  # RGB [8, 16, 32, 32, 3]
     x = torch.from_numpy(clips).flatten(0, 1).permute(0, 3, 1, 2) / 127.5 - 1
     z = vae.encode(x).latent_dist.mean * vae.config.scaling_factor  # [128, 4, 8, 8]
     y = torch.from_numpy(common.decode(vae, z)).permute(0, 3, 1, 2) / 127.5 - 1
     assert 10 * (4 / (x - y).square().mean()).log10() > 29 and 0.9 < z.std() < 1.1
 
     prompts, latents = contract.read(REPO / "prompts/demo.json"), z.unflatten(0, (8, 16)).transpose(1, 2)
-    embeddings = common.embed(folder, prompts.values(), cpu)
+    embeddings = common.embed(folder, prompts, cpu)
     states = torch.cat([embeddings[prompts[label]] for label in spec["classes"]])
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))  # [8, 4, 16, 8, 8]
     scheduler, t = DDIMScheduler.from_pretrained(folder / "scheduler"), torch.full((8,), 300)
@@ -95,7 +96,7 @@ def test_shipped_models_fit_their_world():
 
     videomae = load("tools/videomae.py")
     network, scale = videomae.load(folder.with_name("videomae"), cpu)
-    _, logits = videomae.run(network, scale, np.stack([common.network_clip(clip, spec) for clip in clips]))
+    _, logits = videomae.run(network, scale, np.stack([media.network_clip(clip, spec) for clip in clips]))
     labels = [network.config.id2label[i] for i in logits.argmax(1).tolist()]
     assert sum(a == b for a, b in zip(labels, spec["classes"], strict=True)) >= 7
 
@@ -154,7 +155,7 @@ def test_real_clips_are_composed_by_stage_04(latents, tmp_path, monkeypatch):
     assert code == 0, text
     folder = place.work / "demo/04_distilled/ipc1/real-composed"
     for row in contract.read(folder / "metadata.csv"):
-        composed, label, used = common.read_video(folder / row["file_name"]), row["label"], set()
+        composed, label, used = media.read_video(folder / row["file_name"]), row["label"], set()
         clips = contract.read(place.work / f"demo/01_clips/train/{label}.csv")
         videos = np.stack([module.real_video(args, label, clip["name"]) for clip in clips]).astype(float)
         for i, frames in enumerate(row["frames"].split()):

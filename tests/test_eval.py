@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import common
+import media
 
 stage, vm = load("05"), load("tools/videomae.py")
 coresets, fitting = load("tools/coresets.py"), load("tools/train_teacher.py")
@@ -388,7 +389,7 @@ def test_soft_labels_of_a_distilled_set(place, videomae, tmp_path):
     folder, network = place.work / "demo/05_labels/ipc2/gvd", vm.load(teacher, CPU)
     for label in CLASSES:
         names, videos = names_in(folder / f"{label}.csv"), place.work / "demo/04_distilled/ipc2/gvd"
-        clips = common.network_clips(videos, names, common.DATASETS["demo"])
+        clips = media.network_clips(videos, names, common.DATASETS["demo"])
         logits = vm.run(*network, clips)[1][:, [2, 0]]  # walk, Wave
         assert (np.load(folder / f"{label}.npy") == logits.numpy()).all()
         assert names == [f"{label}/0.mp4", f"{label}/1.mp4"]

@@ -42,7 +42,7 @@ def test_first_loss_is_eq_3(tuned):
     z, prompts = abar.sqrt() * x0 + (1 - abar).sqrt() * noise, contract.read(REPO / "prompts/demo.json")
     texts = ["" if drop else prompts[CLASSES[i >= 5]] for i, drop in zip(chosen, dropped, strict=True)]
     with torch.no_grad():
-        states = torch.cat([common.embed(tuned.model, [text], CPU)[text] for text in texts])
+        states = torch.cat([common.embed(tuned.model, {"": text}, CPU)[text] for text in texts])
         predicted = unet_of(tuned.model / "unet")(z, t, states).sample
     rows = contract.read(tuned.work / "demo/03_unet/default/loss.csv")
     assert float(rows[0]["loss"]) == pytest.approx((predicted - noise).square().mean().item(), rel=1e-5)

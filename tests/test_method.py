@@ -9,6 +9,7 @@ from conftest import load
 from diffusers import DDIMScheduler, TextToVideoSDPipeline
 
 import common
+import media
 
 
 @pytest.fixture
@@ -117,9 +118,9 @@ def test_a_distilled_video_is_the_planned_frames(sampled):
     """Of the generated videos, joined source after source; both were compressed once more: in dB."""
     root = sampled.work / "demo"
     for row in contract.read(root / "04_distilled/ipc2/gvd/metadata.csv"):
-        ours, expected = common.read_video(root / "04_distilled/ipc2/gvd" / row["file_name"]), []
+        ours, expected = media.read_video(root / "04_distilled/ipc2/gvd" / row["file_name"]), []
         for source, numbers in zip(row["sources"].split(), row["frames"].split(), strict=True):
-            video = common.read_video(root / "03_samples/ipc2/gvd" / row["label"] / f"{source}.mp4")
+            video = media.read_video(root / "03_samples/ipc2/gvd" / row["label"] / f"{source}.mp4")
             expected += [video[int(number)] for number in numbers.split("-")]
         error = np.square(ours.astype(float) - np.stack(expected)).mean()
         assert len(ours) == 16 and 10 * np.log10(255**2 / error) > 30

@@ -153,7 +153,7 @@ def parts(empty):
         for weight in (weight for weight in network.parameters() if not weight.any()):
             weight.copy_(0.1 * torch.randn(weight.shape, generator=generator))
     ours.set_attn_processor(load("03").PromptAttention())
-    text = common.embed(empty.model, ["", "a man walks"], CPU)
+    text = common.embed(empty.model, {"Walk": "a man walks"}, CPU)
     return ours, stock, (text["a man walks"], text[""])
 
 

@@ -14,6 +14,7 @@ from conftest import CLASSES, REPO, load
 from safetensors.torch import load_file
 
 import common
+import media
 
 bench, metrics, tables, vm = (load(f"tools/{name}.py") for name in ("bench", "metrics", "tables", "videomae"))
 
@@ -106,8 +107,8 @@ def test_metrics_of_the_chain(place, videomae):
     for label in CLASSES:
         clips = np.load(place.work / f"demo/01_clips/train/{label}.npy")[:, 0]
         real[label] = metrics.unit_length(vm.run(network, scale, clips)[0])
-        videos = [common.read_video(folder / label / f"{i}.mp4") for i in range(2)]
-        clips = np.stack([common.network_clip(video, spec) for video in videos])
+        videos = [media.read_video(folder / label / f"{i}.mp4") for i in range(2)]
+        clips = np.stack([media.network_clip(video, spec) for video in videos])
         found[label] = vm.run(network, scale, clips)
     limits = {label: metrics.percentile(metrics.nearest(points)) for label, points in real.items()}
     limits[""] = metrics.percentile(metrics.nearest(torch.cat([*real.values()])))
@@ -134,7 +135,7 @@ def test_score_is_that_of_the_network(place):
         for index, label in enumerate(CLASSES):
             files = sorted((place.work / "demo" / folder / "ipc2/gvd" / label).glob("*.mp4"))
             assert len(files) == count
-            clips = [common.network_clip(common.read_video(file), common.DATASETS["demo"]) for file in files]
+            clips = [media.network_clip(media.read_video(file), common.DATASETS["demo"]) for file in files]
             x = (np.stack(clips) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
             with torch.inference_mode():
                 logits = network(torch.from_numpy(x).float().permute(0, 4, 1, 2, 3))

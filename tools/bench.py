@@ -34,6 +34,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import common  # noqa: E402
+import media  # noqa: E402
 
 BATCH, BATCHES = 8, 3  # videos of a batch of stage 03; batches, one for each class
 CALLS = 5  # of the pipeline
@@ -158,8 +159,7 @@ class Videos(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         path, label = self.items[index]
-        video = common.read_video(path)
-        clip = common.network_clip(video[common.uniform_frames(len(video))], self.spec)
+        clip = media.network_clip(media.read_frames(path, media.uniform_frames)[0], self.spec)
         x = common.to_input(torch.from_numpy(clip[None].copy()))[0]
         return (x.flip(-1) if torch.rand(()) < self.flip else x), label
 

@@ -294,7 +294,7 @@ def fine_tune(args, output, model, source, prompts, path):
 
     device = output.device
     texts = [*(prompts[c] for c in args.classes), ""]
-    embeddings = common.embed(model, texts, device)
+    embeddings = common.embed(model, prompts, device)
     states = torch.cat([embeddings[text] for text in texts]).clone()  # no inference tensor: part of a graph
     unet = common.load_part(model / "unet", "unet", device, torch.float32)
     network, weights = prepare(unet, device, args.lora, args.seed)

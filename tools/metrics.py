@@ -38,6 +38,7 @@ import videomae  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 
 import common  # noqa: E402
+import media  # noqa: E402
 
 PERCENTILE = 0.9  # of the nearest-neighbour distances (appendix A)
 SELECTIONS = 3  # of random real clips: the first repeats of stage 05
@@ -158,7 +159,7 @@ def read_set(args, step, folder, ending=".mp4"):
     script = "03_guided_sample.py" if step == "samples" else "04_mvic_compose.py"
     fix = contract.command(args, script, "--name", folder.name)
     videos, files, size = videomae.find_videos(args, folder.absolute(), fix, ending)
-    clips = {c: common.network_clips(folder, names, args.spec) for c, names in videos.items()}
+    clips = {c: media.network_clips(folder, names, args.spec) for c, names in videos.items()}
     return clips, contract.digest(files), size
 
 

@@ -23,6 +23,7 @@ import contract  # noqa: E402  isort: skip
 import videomae  # noqa: E402
 
 import common  # noqa: E402
+import media  # noqa: E402
 
 SECONDS = {"demo": 0.02}  # per clip on two CPU cores; any other data set on an A100, by estimate:
 SECONDS_FULL = 0.026
@@ -84,7 +85,7 @@ def main(args):
         if args.real:
             names, array = clips[label][0], clips[label][1][:, 0]
         else:
-            names, array = videos[label], common.network_clips(folder, videos[label], args.spec)
+            names, array = videos[label], media.network_clips(folder, videos[label], args.spec)
         _, logits = videomae.run(network, scale, array)
         contract.save(output.folder / f"{label}.npy", logits[:, columns].numpy())
         contract.save(output.folder / f"{label}.csv", [("name",), *((name,) for name in names)])
