@@ -22,6 +22,7 @@ import contract
 
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +38,7 @@ NAME = r"(?!\.{1,2}\.avi)(?P<name>[ -.0-\[\]-~]{1,240})\.avi"  # ASCII without /
 HMDB51_LINE = NAME + r" (?P<mark>[012])"  # of <class>_test_split1.txt; marks: (split, official)
 HMDB51_MARKS = {"0": ("train", 0), "1": ("train", 1), "2": ("test", 1)}
 UCF101_LINE = r"(?P<label>\w+)/" + NAME + r"(?: \d+)?"  # the training list has the class's number
-SECONDS = {"demo": 0.05}  # per clip, on two CPU cores; any other data set, on an A100, by estimate:
-SECONDS_FULL = 0.3
+SECONDS, SECONDS_FULL = {"demo": 0.05}, 0.3  # per clip: two CPU cores; an A100, by estimate
 
 
 def parse_args():
@@ -115,8 +115,8 @@ def find_clips(args):
     if absent and not (args.partial and root.is_dir()):
         raise missing(args.dataset, args.data_root, absent[0], f"{present}; --partial works with those")
     if absent:
-        empty = ", ".join(label for label in clips if not clips[label])
-        contract.say(f"01 partial: {present} are present" + f"; none of {empty}" * bool(empty))
+        empty = [label for label in clips if not clips[label]]
+        contract.say("; none of ".join([f"01 partial: {present} are present", *empty]))
     return clips
 
 
@@ -143,29 +143,17 @@ def window_frames(count, generator):
     return int(torch.randint(starts, (), generator=generator)) + stride * np.arange(common.NUM_FRAMES)
 
 
-def random_windows(label, name, count, number, seed):
-    """[(frames [16], whether flipped)] of windows 1 to `number` of a clip of `count` frames.
+def draw_windows(label, name, windows, seed, count):
+    """(frames [1 + windows, 16], flips [1 + windows]) of window 0, the uniform one, and of random ones.
 
     They depend on the seed, the clip's class and name and the window, on nothing else.
     """
-    windows = []
-    for window in range(1, number + 1):
+    frames, flips = [media.uniform_frames(count)], np.zeros(1 + windows, bool)
+    for window in range(1, windows + 1):
         generator = contract.generator(seed, "01", label, name, "window", window)
-        flip = bool(torch.rand((), generator=generator) < 0.5)
-        windows.append((window_frames(count, generator), flip))
-    return windows
-
-
-def read_windows(path, label, name, number, args):
-    """Window 0 of a video at its own size, the network's clips of all, [16, S, S, 3] each, and its frames."""
-
-    def windows(count):
-        return [(media.uniform_frames(count), False), *random_windows(label, name, count, number, args.seed)]
-
-    frames, count = media.read_frames(path, lambda n: np.concatenate([frames for frames, _ in windows(n)]))
-    parts = np.split(frames, 1 + number)
-    clips = [media.network_clip(part, args.spec) for part in parts]
-    return parts[0], [c[:, :, ::-1] if w[1] else c for c, w in zip(clips, windows(count), strict=True)], count
+        flips[window] = torch.rand((), generator=generator) < 0.5
+        frames.append(window_frames(count, generator))
+    return np.stack(frames), flips
 
 
 def class_files(label, args):
@@ -182,18 +170,21 @@ def encode_class(clips, label, args, vae, factor):
     arrays = {part: [np.zeros((0, n, 16, side, side, 3), np.uint8)] for part, n in args.parts.items()}
     for name, split, official, _, path in clips:
         try:
-            number = WINDOWS[f"windows/{split}"] if args.windows else 0
-            frames, views, count = read_windows(path, label, name, number, args)
+            draw = partial(draw_windows, label, name, args.parts.get(f"windows/{split}", 0), args.seed)
+            frames, count = media.read_frames(path, lambda n, draw=draw: draw(n)[0].ravel())
         except media.BadVideo as error:
             print(f"01 broken video: {path}: {error}", flush=True)  # by whichever process has the class
             broken += 1
             continue
         tables[split].append((name, official, count, frames.shape[2], frames.shape[1]))
-        arrays[split].append(views[0][None, None])
+        views = media.network_clip(frames, args.spec).reshape(1, -1, 16, side, side, 3)  # by windows
+        arrays[split].append(views[:, :1])
         if args.windows:
-            arrays[f"windows/{split}"].append(np.stack(views[1:])[None])
+            flips = draw(count)[1]
+            views[0, flips] = views[0, flips, :, :, ::-1]
+            arrays[f"windows/{split}"].append(views[:, 1:])
         if vae is not None and split == "train":
-            latents.append(encode(vae, media.resize_frames(frames, args.size), path)[None])
+            latents.append(encode(vae, media.resize_frames(frames[:16], args.size), path)[None])
     content = {f"{label}.npy": np.concatenate(latents), f"{label}.csv": tables["train"]}
     content |= {f"{part}/{label}.npy": np.concatenate(clips) for part, clips in arrays.items()}
     return content | {f"{split}/{label}.csv": rows for split, rows in tables.items()}, broken

@@ -261,8 +261,7 @@ def train(clips, labels, teacher, args, repeat, dtype, checkpoint):
     torch.manual_seed(contract.generator(args.seed, "05", repeat, "network").initial_seed())
     minic3d = args.net == "minic3d"
     net = common.MiniC3D(n) if minic3d else Recurrent(n, clips.shape[2], NETS[args.net])
-    layout = torch.channels_last_3d if minic3d else torch.channels_last  # in which convolutions are fast
-    net = net.to(device, memory_format=layout)
+    net = net.to(device, memory_format=torch.channels_last_3d if minic3d else torch.channels_last)  # fast
     optimiser = torch.optim.SGD(net.parameters(), lr=lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     if checkpoint.exists():
         start, weights, momentum = contract.read(checkpoint)

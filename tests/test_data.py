@@ -59,12 +59,12 @@ def test_frames_and_windows_of_a_video():
 def test_windows_depend_on_seed_clip_and_window_only():
     starts, flips = set(), []
     for seed, name in ((seed, str(name)) for seed in (0, 1) for name in range(40)):
-        windows = STAGE.random_windows("Walk", name, 100, 3, seed)
-        again = STAGE.random_windows("Walk", name, 100, 1, seed)
-        assert (windows[0][0] == again[0][0]).all() and windows[0][1] == again[0][1]
-        assert all((np.diff(frames) == 4).all() for frames, _ in windows)
-        starts.add(tuple(frames[0] for frames, _ in windows))
-        flips += [flip for _, flip in windows]
+        frames, flipped = STAGE.draw_windows("Walk", name, 3, seed, 100)
+        again = STAGE.draw_windows("Walk", name, 1, seed, 100)
+        assert (frames[:2] == again[0]).all() and (flipped[:2] == again[1]).all() and not flipped[0]
+        assert (np.diff(frames[1:]) == 4).all() and (frames[0] == media.uniform_frames(100)).all()
+        starts.add(tuple(frames[1:, 0]))
+        flips += flipped[1:].tolist()
     assert len(starts) > 75 and 0.4 < np.mean(flips) < 0.6
 
 
@@ -76,7 +76,13 @@ def test_windows_are_added_to_a_finished_folder(latents, tmp_path):
     assert {*after} == {*before} | new
     assert {name for name in before if before[name] != after[name]} == {"demo/01_clips/manifest.json"}
     assert whole.files() == {name: data for name, data in after.items() if "/01_" in name}
-    assert np.load(place.work / "demo/01_clips/windows/test/Walk.npy").shape == (2, 3, 16, 48, 48, 3)
+    clips, spec = np.load(place.work / "demo/01_clips/windows/test/Walk.npy"), common.DATASETS["demo"]
+    assert clips.shape == (2, 3, 16, 48, 48, 3)
+    for row, views in zip(contract.read(place.work / "demo/01_clips/test/Walk.csv"), clips, strict=True):
+        video = media.read_video(place.data / f"demo/UCF-101/Walk/{row['name']}.avi")
+        drawn = zip(*STAGE.draw_windows("Walk", row["name"], 3, 0, len(video)), strict=True)
+        expected = [media.network_clip(video[f], spec)[:, :, :: -1 if flip else 1] for f, flip in drawn]
+        assert (views == expected[1:]).all()
 
 
 @pytest.fixture

@@ -8,9 +8,8 @@ import sys
 import av
 import numpy as np
 import pytest
-from conftest import REPO, load
+from conftest import REPO
 
-import common
 import media
 
 
@@ -133,24 +132,6 @@ def test_no_ffmpeg_back_end_is_one_message(latents, monkeypatch):
     before = latents.files()
     code, text = latents.run("01", "--redo")
     assert code == 3 and "OPENCV_VIDEOIO_PRIORITY_FFMPEG" in text and latents.files() == before, text
-
-
-def test_windows_are_those_frames_mirrored_or_not(tmp_path):
-    from types import SimpleNamespace
-
-    stage, spec = load("01"), common.DATASETS["demo"]
-    path = film(tmp_path / "a.avi", 100, (32, 32), codec="mpeg4", make=noise)
-    video, args = media.read_video(path), SimpleNamespace(seed=0, spec=spec)
-    first, clips, count = stage.read_windows(path, "Walk", "a", 6, args)
-    drawn = [(media.uniform_frames(100), False), *stage.random_windows("Walk", "a", 100, 6, 0)]
-    assert (
-        count == 100
-        and (first == video[drawn[0][0]]).all()
-        and {flip for _, flip in drawn[1:]} == {True, False}
-    )
-    for clip, (frames, flip) in zip(clips, drawn, strict=True):
-        expected = media.network_clip(video[frames], spec)
-        assert (clip == (expected[:, :, ::-1] if flip else expected)).all()
 
 
 def test_a_prompt_that_is_too_long_is_refused(latents, tmp_path):
