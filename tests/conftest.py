@@ -85,12 +85,12 @@ def make_model(folder):
     )  # fmt: skip
     text = CLIPTextConfig(
         vocab_size=len(vocab), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=12, bos_token_id=len(vocab) - 2, eos_token_id=len(vocab) - 1,
+        max_position_embeddings=128, bos_token_id=len(vocab) - 2, eos_token_id=len(vocab) - 1,
     )  # fmt: skip
     betas = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     scheduler = DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     scheduler.save_pretrained(folder / "scheduler")
-    CLIPTokenizer(vocab=vocab, merges=[], model_max_length=12).save_pretrained(folder / "tokenizer")
+    CLIPTokenizer(vocab=vocab, merges=[], model_max_length=128).save_pretrained(folder / "tokenizer")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         AutoencoderKL(**size, **vae).save_pretrained(folder / "vae")

@@ -93,12 +93,11 @@ def edited(source, node):
 
 
 def test_every_edit_of_a_definition_counts_and_no_other(tmp_path, monkeypatch):
-    """In copies: all that 03 defines, and all of common.py that a stage reaches, for a stage that does."""
-    files = [Path(shutil.copy(path, tmp_path)) for path in (*SCRIPTS.values(), REPO / "common.py")]
-    *stages, common = files
+    """In copies: all that 03 defines, and all of common.py and media.py that a stage reaches."""
+    shared = (REPO / "common.py", REPO / "media.py")
+    *stages, common, media = (Path(shutil.copy(path, tmp_path)) for path in (*SCRIPTS.values(), *shared))
     monkeypatch.setattr(contract, "ROOT", tmp_path)
     plain = {stage: contract.code_identity(stage) for stage in stages}
-    text = common.read_text()
     for old, new, stale in (
         ("import torch\n", "import torch  # a remark\n", ""),
         ('"""Guidance strength per frame', '"""Another sentence. Guidance strength per frame', ""),
@@ -108,11 +107,13 @@ def test_every_edit_of_a_definition_counts_and_no_other(tmp_path, monkeypatch):
         ("size=(448, 256)", "size=(320, 256)", ""),  # the data set's sizes are parameters
         ('"crf": "12"', '"crf": "13"', "03 04"),
     ):
-        assert old in text, old
-        common.write_text(text.replace(old, new, 1))
+        path = next(path for path in (common, media) if old in path.read_text())
+        text = path.read_text()
+        path.write_text(text.replace(old, new, 1))
         assert " ".join(s.name[:2] for s in stages if contract.code_identity(s) != plain[s]) == stale, old
-    for path in (stages[2], common):
-        source = path.read_text() if path != common else text
+        path.write_text(text)
+    for path in (stages[2], common, media):
+        source = path.read_text()
         for node in ast.parse(source).body:
             for name in (
                 [getattr(node, "name", "")]
@@ -127,7 +128,7 @@ def test_every_edit_of_a_definition_counts_and_no_other(tmp_path, monkeypatch):
                 key, counts = f"{path.name}: {name}", name not in ("parse_args", "estimate")
                 users = [stage for stage in stages if key in plain[stage]]
                 path.write_text(edited(source, node))
-                for stage in users[:1] if path == common else [path]:
+                for stage in [path] if path in stages else users[:1]:
                     changed = contract.code_identity(stage).get(key) != plain[stage].get(key)
                     assert changed == (counts and not name.startswith("SECONDS")), key
         path.write_text(source)
@@ -348,7 +349,7 @@ def test_full_disk_is_one_message_and_loses_nothing(done, tmp_path, number, size
 
 def test_failed_torch_save_and_mp4_say_so_too(tmp_path):
     program = (
-        "import contract, resource, sys, torch, numpy as np, common\n"
+        "import contract, resource, sys, torch, numpy as np, media\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
         "value = np.random.default_rng(0).integers(0, 255, (16, 64, 64, 3), np.uint8)\n"
         "for path in ('a.pt', 'a.mp4'):\n"
