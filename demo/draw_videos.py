@@ -130,13 +130,21 @@ def generator(seed, *names):
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
 
 
-def draw_clip(action, group, clip, seed):
-    """One clip, uint8 BGR [n, SIDE, SIDE, 3]."""
-    look, rng = generator(seed, action, group), generator(seed, action, group, clip)
-    hue, saturation, value = look.uniform(), look.uniform(0.15, 0.5), look.uniform(0.42, 0.6)
-    light = look.uniform() < 0.5
-    figure_hue, figure_saturation = look.uniform(), look.uniform(0, 0.35)
-    figure = hsv(figure_hue, figure_saturation, look.uniform(0.88, 1.0) if light else look.uniform(0.0, 0.14))
+def draw_look(rng):
+    """What a group shares: hue, saturation, value of the background (0 to 1), and the figure's BGR colour."""
+    hue, saturation, value = rng.uniform(), rng.uniform(0.15, 0.5), rng.uniform(0.42, 0.6)
+    light = rng.uniform() < 0.5
+    figure_hue, figure_saturation = rng.uniform(), rng.uniform(0, 0.35)
+    figure = hsv(figure_hue, figure_saturation, rng.uniform(0.88, 1.0) if light else rng.uniform(0.0, 0.14))
+    return hue, saturation, value, figure
+
+
+def draw_frames(action, look, rng, progress=None):
+    """Frames of a clip, uint8 BGR [n, SIDE, SIDE, 3]. rng draws size, place, speed and phase.
+
+    progress: float [n], the moments to draw, 0 to 1 over the clip (all frames of a clip of random length).
+    """
+    hue, saturation, value, figure = look
     hue, value = (hue + rng.normal(0, 0.015)) % 1, value + rng.normal(0, 0.015)
 
     count = int(rng.integers(MIN_FRAMES, MAX_FRAMES + 1))
@@ -154,10 +162,10 @@ def draw_clip(action, group, clip, seed):
     canvas[round(ground * SUPERSAMPLE) :] = hsv((hue + 0.08) % 1, saturation, value - 0.14)
     canvas = canvas.round().astype(np.uint8)
 
+    progress = np.arange(count) / (count - 1) if progress is None else progress
     thick = max(1, round(0.105 * height * SUPERSAMPLE))
-    frames = np.empty((count, SIDE, SIDE, 3), np.uint8)
-    for f in range(count):
-        s = f / (count - 1)
+    frames = np.empty((len(progress), SIDE, SIDE, 3), np.uint8)
+    for f, s in enumerate(progress):
         lines, head = joints(*pose(action, s, phase0 + 2 * np.pi * cycles * s, style))
         scale = np.array([mirror * height, -height]) * SUPERSAMPLE
         origin = np.array([middle, ground]) * SUPERSAMPLE
@@ -168,6 +176,40 @@ def draw_clip(action, group, clip, seed):
         cv2.circle(picture, at, round(HEAD * height * SUPERSAMPLE), figure.tolist(), -1)
         frames[f] = cv2.resize(picture, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
     return frames
+
+
+def draw_clip(action, group, clip, seed):
+    """A clip of the data set, uint8 BGR [n, SIDE, SIDE, 3]."""
+    return draw_frames(
+        action, draw_look(generator(seed, action, group)), generator(seed, action, group, clip)
+    )
+
+
+def draw_corpus_part(job):
+    """Clips of the corpus, uint8 RGB [n, 16, SIDE, SIDE, 3]. job: the seed and their numbers."""
+    seed, numbers = job
+    cv2.setNumThreads(1)
+    clips = np.empty((len(numbers), 16, SIDE, SIDE, 3), np.uint8)
+    for row, number in enumerate(numbers):
+        rng = generator(seed, "corpus", number)  # no group of the data set has such a name
+        progress = (np.arange(16) + rng.uniform(0.25, 0.75)) / 16
+        clips[row] = draw_frames(CLASSES[number % len(CLASSES)], draw_look(rng), rng, progress)[..., ::-1]
+    return clips
+
+
+def draw_corpus(count, seed=0):
+    """The corpus of demo/train_models.py, which stands for the web: each clip has a look of its own.
+
+    Returns uint8 RGB [count, 16, SIDE, SIDE, 3], 16 frames spread over each clip, and a caption of each.
+    """
+    parts = [(seed, range(start, min(start + 500, count))) for start in range(0, count, 500)]
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        clips = np.concatenate(list(pool.map(draw_corpus_part, parts)))
+    root = Path(__file__).resolve().parent.parent
+    sentence = json.loads((root / "prompts/demo.json").read_text("utf-8"))
+    others = json.loads((root / "demo/wordings.json").read_text("utf-8"))
+    captions = [(sentence[action], *others[action]) for action in CLASSES]
+    return clips, [captions[i % len(CLASSES)][i // len(CLASSES) % 4] for i in range(count)]
 
 
 def write_avi(path, frames):

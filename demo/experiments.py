@@ -9,17 +9,21 @@
                 demo's defaults are chosen here, never on its test clips
   compose-real  accuracy on real clips, composed by 04 like generated videos: what composition costs without a
                 generator. They are stored as H.264 before it, as generated videos are, and again after it
+  take-over     from which step on does the U-Net lose what drawn clips have? Accuracy on freshly drawn clips,
+                noised to a timestep, brought back by the U-Net from their prompts and composed by 04; on the
+                validation split. At 0 by the VAE alone, at 1000 nothing is left of a clip
   finetune      generated videos that the network recognises, from captions unknown to the U-Net, before and
                 after fine-tuning on them (eq. 3). Class names would not do: the text encoder, which is not
                 tuned, tells "kick" from "punch" by a hundredth of an embedding's norm, captions by a third
 
 Reads:   the demo's videos (demo/draw_videos.py), the model (demo/models/t2v)
 Writes:  the stages' folders below work/demo, and there measured.json, samplers.csv, finetune.json,
-         03_samples/ipc<K>/real/; work/orders/{shuffled,one}/demo/01_clips/; work/validation/demo/settings.csv
+         03_samples/ipc<K>/real/; work/orders/{shuffled,one}/demo/01_clips/; below work/validation/demo
+         settings.csv, take_over.csv, 03_samples/ipc<K>/take-over-<timestep>/
 Run:     python demo/experiments.py demo measure
          python demo/experiments.py demo compose-real 10
-Cost:    on two CPU cores: measure 30 min, samplers 24, settings 40, compose-real 5, finetune 10, and once 14
-         for the network of all real clips
+Cost:    on two CPU cores: measure 30 min, samplers 24, settings 40, compose-real 5, take-over 20, finetune
+         10, and once 14 for the network of all real clips
 Expect:  the figures of demo/README.md, which are in results/demo_models and results/demo_ipc<K>
 """
 
@@ -36,6 +40,8 @@ sys.path.insert(0, str(ROOT))
 import contract  # noqa: E402  isort: skip
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from diffusers import DDIMScheduler  # noqa: E402
+from draw_videos import CLASSES, draw_corpus  # noqa: E402
 
 import common  # noqa: E402
 import media  # noqa: E402
@@ -53,6 +59,9 @@ SAMPLERS = {  # --cluster of 02, where the sampler reads prototypes, and options
 DRAWS = 2  # samplers and finetune: videos per prototype, 80 in all at IPC 5
 SETTINGS = {"random": ("", ""), "cfg2": ("--cfg 2", ""), "cfg4": ("--cfg 4", "")}  # options of 03, of 04
 SOURCES, FPS = 4, 8  # compose-real: clips in a composed video (04 --pattern 4x4), frame rate (03)
+CFG, STEPS = 2.0, 25  # take-over: as 03 for the demo
+TAKE_OVER = (0, 600, 800, 1000)  # timesteps
+CORPUS_SEED = 1  # of the drawn clips; the training's corpus has 0
 CAPTIONS = ROOT / "demo" / "captions.json"  # finetune: {class: a sentence that is not the class's prompt}
 OPTIONS = ("work_dir", "data_root", "model", "seed", "limit", "device", "threads", "redo", "keep", "dry_run")
 
@@ -264,14 +273,19 @@ def samplers(args):
     report(args, "samplers.csv", rows)
 
 
-def settings(args):
-    """In a data root and a work folder of its own."""
+def validation(args):
+    """The arguments for the validation split, with a data root and a work folder of its own; draws it."""
     folders = {name: getattr(args, name) / "validation" for name in ("work_dir", "data_root")}
     args = argparse.Namespace(**{**vars(args), **folders})
     draw = [sys.executable, ROOT / "demo/draw_videos.py", "--data-root", args.data_root, "--validation"]
     if not args.dry_run:
         subprocess.run(draw, check=True)
     run(args, "01_encode_latents.py")
+    return args
+
+
+def settings(args):
+    args = validation(args)
     run(args, "02_kmeans_prototypes.py", args.ipc)
     for name, (of_03, of_04) in SETTINGS.items():
         if name != "random":
@@ -288,6 +302,62 @@ def compose_real(args):
     write_real_samples(args)
     run(args, "04_mvic_compose.py", args.ipc, "--samples", "real", "--name", "real-composed")
     run(args, "05_train_eval.py", args.ipc, "--train-on", "real-composed")
+
+
+@torch.inference_mode()
+def bring_back(model, clips, label, first, cfg, steps):
+    """Clips of a class, noised to the largest DDIM timestep <= first and denoised; at 1000 from noise alone.
+
+    clips: uint8 [n, 16, H, W, 3], the result too. cfg: classifier-free guidance scale.
+    """
+    cpu, prompt = torch.device("cpu"), contract.read(ROOT / "prompts/demo.json")[label]
+    vae = common.load_part(model / "vae", "vae", cpu, torch.float32)
+    unet = common.load_part(model / "unet", "unet", cpu, torch.bfloat16)
+    states = common.embed(model, ["", prompt], cpu)
+    states = torch.cat([states[""], states[prompt]]).to(unet.dtype).repeat_interleave(len(clips), 0)
+    scheduler = DDIMScheduler.from_pretrained(model / "scheduler")
+    scheduler.set_timesteps(steps)
+    x = torch.from_numpy(clips).movedim(-1, 2).float() / 127.5 - 1  # [n, 16, 3, H, W]
+    z = vae.encode(x.flatten(0, 1)).latent_dist.mean.unflatten(0, x.shape[:2]).movedim(1, 2)
+    z = z * vae.config.scaling_factor  # [n, 4, 16, h, w]
+    noise = torch.randn(z.shape, generator=contract.generator(CORPUS_SEED, "take-over", label))
+    times = [t for t in scheduler.timesteps if t <= first]
+    if times:
+        z = (
+            noise
+            if first == scheduler.config.num_train_timesteps
+            else scheduler.add_noise(z, noise, times[0])
+        )
+    for t in times:
+        without_text, with_text = unet(torch.cat([z, z]).to(unet.dtype), t, states).sample.float().chunk(2)
+        z = scheduler.step(without_text + cfg * (with_text - without_text), t, z).prev_sample
+    return np.stack([common.decode(vae, latents) for latents in z.movedim(1, 2)])
+
+
+def write_take_over(args, first):
+    """03_samples/ipc<K>/take-over-<first>: freshly drawn clips in the place of draws, brought back."""
+    model, number = common.model_folder(args), args.ipc * SOURCES
+    inputs = {part: common.folder_hash(model / part) for part in common.CONFIGS}
+    names = {c: [f"{c}/{k}_{d}.mp4" for k in range(args.ipc) for d in range(SOURCES)] for c in args.classes}
+    wanted, parameters = sum(names.values(), []), {"ipc": args.ipc, "first": first}
+    output = contract.Output(args, f"03_samples/ipc{args.ipc}/take-over-{first}", parameters, inputs, wanted)
+    clips = draw_corpus(number * len(CLASSES), CORPUS_SEED)[0] if output.todo else None
+    for label in output.mine(args.classes, names.get):
+        videos = bring_back(model, clips[CLASSES.index(label) :: len(CLASSES)], label, first, CFG, STEPS)
+        for name, video in zip(names[label], videos, strict=True):
+            common.write_mp4(output.folder / name, video, FPS)
+    output.finish()
+
+
+def take_over(args):
+    args, rows = validation(args), [("timestep", "top1_mean", "top1_std", "top1_values")]
+    for first in TAKE_OVER:
+        write_take_over(args, first)
+        name = f"take-over-{first}"
+        run(args, "04_mvic_compose.py", args.ipc, "--samples", name, "--name", name)
+        run(args, "05_train_eval.py", args.ipc, "--train-on", name)
+        rows.append([first, *summary(top1(args, f"ipc{args.ipc}", name)["values"])])
+    report(args, "take_over.csv", rows)
 
 
 def finetune(args):
@@ -311,7 +381,8 @@ def finetune(args):
     report(args, "finetune.json", result)
 
 
-EXPERIMENTS = {f.__name__.replace("_", "-"): f for f in (measure, samplers, settings, compose_real, finetune)}
+EXPERIMENTS = (measure, samplers, settings, compose_real, take_over, finetune)
+EXPERIMENTS = {function.__name__.replace("_", "-"): function for function in EXPERIMENTS}
 
 
 def estimate(args):
