@@ -313,7 +313,7 @@ def bring_back(model, clips, label, first, cfg, steps):
     cpu, prompt = torch.device("cpu"), contract.read(ROOT / "prompts/demo.json")[label]
     vae = common.load_part(model / "vae", "vae", cpu, torch.float32)
     unet = common.load_part(model / "unet", "unet", cpu, torch.bfloat16)
-    states = common.embed(model, ["", prompt], cpu)
+    states = common.embed(model, {label: prompt}, cpu)
     states = torch.cat([states[""], states[prompt]]).to(unet.dtype).repeat_interleave(len(clips), 0)
     scheduler = DDIMScheduler.from_pretrained(model / "scheduler")
     scheduler.set_timesteps(steps)
