@@ -161,7 +161,7 @@ def test_rows_that_are_not_run_and_the_paper():
     assert all(line.split(" | ")[2] == "not run" for line in lines[2:9])
     assert [line.split(" | ")[-1] for line in lines[2:9]] == ["- |"] * 5 + ["21.1 |", "28.58 |"]
     assert "The best method before it: 13.2." in lines
-    assert tables.paper_figures("miniucf", 10) == {"full": "57.22"} and tables.paper_figures("demo", 5) == {}
+    assert tables.paper_figures("miniucf", 10) == {"full": "57.22", "prism": "31.0"} and tables.paper_figures("demo", 5) == {}
     assert "paper" not in tables.markdown("demo", 5, [])
 
 
