@@ -82,6 +82,8 @@ def making(result, dataset, unet):
     made, usual = result.get("provenance", {}), DEFAULTS | (DEMO_DEFAULTS if dataset == "demo" else {})
     steps = [made[step].items() for step in sorted(made) if step[:2] in ("02", "03", "04")]
     used = {key: value for items in steps for key, value in items if value is not None}
+    if "04_distilled" not in made and result["set"] not in PLACE:
+        return ["unknown making"]
     found = [f"{key} {used[key]}" for key in usual if used.get(key, usual[key]) != usual[key]]
     return found + ["another U-Net"] * (unet is not None and used.get("unet", unet) != unet)
 
