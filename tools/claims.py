@@ -21,7 +21,7 @@ import contract  # noqa: E402  isort: skip
 import common  # noqa: E402
 
 OWN = ("gvd", "gvd, soft labels")
-PRIOR = ("random", "herding", "kcenter", "dm", "mtt", "frepo", "static-dc", "dm+d", "mtt+d", "frepo+d")
+PRIOR = ("random", "herding", "kcenter", "dm", "mtt", "frepo", "static_dc", "dm+d", "mtt+d", "frepo+d")
 ORDERS = (  # claim, table, the higher row, the lower row, columns ("": all), the paper's figures
     ("GVD above naive", "fig7a", "gvd", "naive", "", ()),
     ("GVD above K-Noise", "fig7a", "gvd", "knoise", "", ()),

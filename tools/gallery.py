@@ -36,7 +36,7 @@ body {{ font: 14px sans-serif; margin: 1em; }}
 nav {{ position: sticky; top: 0; background: white; padding: .5em 0; z-index: 1; }}
 section h2 {{ margin: .8em 0 .2em; }}
 figure {{ display: inline-block; margin: 2px 6px 6px 0; vertical-align: top; width: {width}px; }}
-video {{ width: 100%; display: block; background: #ddd; image-rendering: pixelated; }}
+video {{ width: 100%; display: block; background: #ddd; aspect-ratio: {ratio}; object-fit: contain; }}
 figcaption {{ font-size: 11px; overflow-wrap: anywhere; }}
 .bar {{ display: flex; align-items: center; height: 18px; }}
 .bar b {{ width: 14em; font-weight: normal; }} .bar i {{ background: #48a; height: 12px; margin-right: 6px; }}
@@ -198,8 +198,9 @@ def main(args):
         "classes": options(args.classes),
     }
     values |= {"methods": options(methods), "sections": "\n".join(sections), "rate": RATE}
-    width = 96 if args.spec["size"][0] < 96 else 224
-    contract.save(base / "gallery.html", PAGE.format(**values, width=width).encode())
+    width, height = args.spec["size"]
+    values |= {"width": 96 if width < 96 else 224, "ratio": f"{width} / {height}"}
+    contract.save(base / "gallery.html", PAGE.format(**values).encode())
     contract.say(base / "gallery.html")
 
 

@@ -22,7 +22,7 @@ import contract  # noqa: E402  isort: skip
 import common  # noqa: E402
 
 IPCS, ABLATIONS = (1, 5, 10, 20), 5  # of Table 1 (demo: without 20); of Tables 3 and 4, Fig. 7 d, 9 and 10
-BASELINES = ("dm", "mtt", "frepo", "static-dc", "dm+d", "mtt+d", "frepo+d")
+BASELINES = ("dm", "mtt", "frepo", "static_dc", "dm+d", "mtt+d", "frepo+d")
 DANCING = "mtt+d"  # "Dancing with Still Images" of Table 2
 ROWS = {  # set, labels, how the set is made otherwise than by default
     **{name: (name, "hard", ()) for name in ("random", "herding", "kcenter", *BASELINES)},

@@ -35,10 +35,12 @@ Last epoch; mean ± sample standard deviation over n networks. Stored bytes: the
 the uint8 clips at network size of a real one. Top-1 of each network: """
 MEASURED = ("measured.json", "samplers.csv", "finetune.json")  # by demo/experiments.py
 LIST = ("ipc", *CSV[:10], "mp4_bytes", "note", "making")  # columns of results.csv
-DEFAULTS = {  # of stages 02 to 04; what else a set was made with is listed
-    "cluster": "direct", "distance": "euclidean", "sampler": "gvd", "scheduler": "ddim", "steps": 50,
-    "cfg": 9.0, "guidance": 0.1, "guidance_form": "ddim", "stop": 0.5, "decay": "linear", "strength": 0.7,
-    "pattern": "4x4", "frames": "random", "grouping": "random", "seed": 0}  # fmt: skip
+DEFAULTS = {  # of each stage; what else a set was made with is listed
+    "02_prototypes": {"cluster": "direct", "distance": "euclidean", "seed": 0},
+    "03_samples": {
+        "sampler": "gvd", "scheduler": "ddim", "steps": 50, "cfg": 9.0, "guidance": 0.1, "stop": 0.5,
+        "guidance_form": "ddim", "decay": "linear", "strength": 0.7, "seed": 0},
+    "04_distilled": {"pattern": "4x4", "frames": "random", "grouping": "random", "seed": 0}}  # fmt: skip
 DEMO_DEFAULTS = {"steps": 25, "cfg": 2.0}
 OF_PAPER = "Paper: as far as its text lets it be computed, the better one of its two GVD rows.\n"
 
@@ -79,13 +81,17 @@ def making(result, dataset, unet):
 
     unet: the hash of the U-Net that stage 03 takes by default, None if it is not known.
     """
-    made, usual = result.get("provenance", {}), DEFAULTS | (DEMO_DEFAULTS if dataset == "demo" else {})
-    steps = [made[step].items() for step in sorted(made) if step[:2] in ("02", "03", "04")]
-    used = {key: value for items in steps for key, value in items if value is not None}
+    made, found = result.get("provenance", {}), []
     if "04_distilled" not in made and result["set"] not in PLACE:
         return ["unknown making"]
-    found = [f"{key} {used[key]}" for key in usual if used.get(key, usual[key]) != usual[key]]
-    return found + ["another U-Net"] * (unet is not None and used.get("unet", unet) != unet)
+    for step, usual in DEFAULTS.items():
+        usual = usual | {
+            key: DEMO_DEFAULTS[key] for key in usual if dataset == "demo" and key in DEMO_DEFAULTS
+        }
+        used = {key: value for key, value in made.get(step, {}).items() if value is not None}
+        found += [f"{key} {used[key]}" for key in usual if used.get(key, usual[key]) != usual[key]]
+        found += ["another U-Net"] * (unet is not None and used.get("unet", unet) != unet)
+    return list(dict.fromkeys(found))
 
 
 def paper_figures(dataset, ipc):
@@ -142,7 +148,9 @@ def is_older(args, result, record):
     for part, (folder, names) in wanted.items():
         made = contract.read(args.work_dir / args.dataset / folder / "manifest.json") or {"outputs": {}}
         files = {file: entry["sha256"] for file, entry in made["outputs"].items()}
-        if names is None:  # the first --limit videos of each class
+        if "set.json" in files and part != "coreset":  # of arrays, one of each class
+            names = ["set.json", *(f"{c}.npy" for c in classes)]
+        elif names is None:  # the first --limit videos of each class
             of_class = ([n for n in sorted(files) if n.startswith(f"{c}/")] for c in classes)
             names = [n for videos in of_class for n in videos[: record["parameters"]["limit"]]]
         now = contract.digest({n: files.get(n) for n in names})
