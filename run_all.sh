@@ -59,15 +59,14 @@ root="$(dirname "$0")/" root="${root#./}" # paths stay relative to the folder in
 . "${root:-./}setup.sh" # makes or finds an interpreter that fits requirements.txt: $python
 [ "$setup" = 0 ] || exit 0
 
-stage() { # N SCRIPT [ARGUMENTS]: runs a script of stage N, once; with --dry-run adds its plan to `plan`
-  local name="${2##*/}" words line
+stage() { # N SCRIPT [ARGUMENTS]: runs a script of stage N, once; with --dry-run adds it to `plan`
+  local name="${2##*/}" words
   [ "$1" -ge "$from" ] && [ "$1" -le "$to" ] && [ -z "${done[$*]:-}" ] || return 0
   done["$*"]=1
   mapfile -t words < <(xargs -rn1 printf '%s\n' <<<"${options[${name%%_*}]:-}") # quotes are respected
   set -- "$root$2" "$dataset" "${@:3}" "${shared[@]}" "${words[@]}"
   if [ "$dry" = 0 ]; then printf '\n$ python'; printf ' %q' "$@"; echo; "$python" "$@"; return; fi
-  line="$("$python" "$@" --dry-run)"
-  echo "$line"; plan+="$line"$'\n'
+  plan+="${*@Q}"$'\n'
 }
 
 [ "$dataset/$from/$dry" != demo/1/0 ] || "$python" "${root}demo/draw_videos.py" --data-root "$data_root"
@@ -96,13 +95,7 @@ column() { # IPC: the rows of Table 1
 }
 
 if [ "$ipc" = all ]; then . "${root:-./}tools/all.sh"; else column "$ipc"; fi
-if [ "$dry" = 1 ]; then # of lines as "8 of 8 classes left, 0.010 h on one CPU core, 0.002 GB"
-  sed -nE 's/^(\w+) .* ([0-9.]+) h on .*, ([0-9.]+) GB.*/\1 \2 \3/p' <<<"$plan" |
-    awk '{h[$1] += $2; g[$1] += $3; H += $2; G += $3} !n[$1]++ {name[++m] = $1}
-      END {for (i = 1; k = name[i]; i++) printf "%s, %d calls: %.1f h, %.1f GB\n", k, n[k], h[k], g[k]
-        printf "in all: %.1f h, %.1f GB\n", H, G}'
-  exit
-fi
+if [ "$dry" = 1 ]; then "$python" "${root}tools/plan.py" <<<"${plan%$'\n'}"; exit; fi
 if [ "$ipc" != all ]; then
   [ "$dataset" != demo ] || stage 5 demo/contact_sheet.py "$ipc"
   stage 5 tools/tables.py "$ipc"
