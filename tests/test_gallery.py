@@ -90,7 +90,7 @@ def test_page_names_every_video(gallery, place):
     )
     assert len(sources) == 2 * (2 + 2 + 8 + 2)  # per class: real, prototypes, generated, composed
     rows = contract.read(place.work / "demo/04_distilled/ipc2/gvd/metadata.csv")
-    stated = [json.loads(html.unescape(line)) for line in re.findall(r"data-sources='([^']+)'", text)]
+    stated = [json.loads(html.unescape(line)) for line in re.findall(r'data-sources="([^"]+)"', text)]
     assert len(stated) == len(rows) == 4 and all(len(of_video) == 16 for of_video in stated)
     first = rows[0]["frames"].split()[0].split("-")[0]
     assert stated[0][0] == f"{rows[0]['sources'].split()[0]}, frame {first}"

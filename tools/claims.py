@@ -92,16 +92,16 @@ def best(table, keys):
 def main_claims(dataset, table1, printed):
     """Of Table 1: the gain over the best method before, and the accuracy relative to all clips."""
     rows = []
-    columns = {column: int(column.split()[-1]) for row, column in table1 if row == "gvd"}
-    for column, ipc in ((c, k) for c, k in columns.items() if c.startswith(f"{dataset} ")):
+    columns = {c: int(c.split()[-1]) for row, c in table1 if row == "gvd" and c.startswith(f"{dataset} ")}
+    for column, ipc in columns.items():
         pair = [best(table1, [(row, column) for row in group]) for group in (OWN, PRIOR)]
         if (dataset, ipc) == ("miniucf", 1):  # the paper: GVD is below
             pair = pair[::-1]
-        text = " above ".join(f"{key[0]}" for key, _ in pair)
+        text = f"table1: best of ours and before, {' above '.join(key[0] for key, _ in pair)}, IPC {ipc}"
         paper = printed("gain over best prior", f" ipc{ipc}")
-        rows.append(
-            (f"table1: best of ours and before, {text}, IPC {ipc}", paper, *judge(pair[0][1], pair[1][1]))
-        )
+        rows.append((text, paper, *judge(*(cell for _, cell in pair))))
+    if not columns:
+        return rows
     full, (_, top) = table1.get(("full", column), "no such row"), best(table1, [(row, column) for row in OWN])
     missing = next((cell for cell in (top, full) if not isinstance(cell, tuple)), None)
     ours, verdict, paper = "-", f"not run: {missing}", printed("accuracy relative to full")
@@ -119,16 +119,11 @@ def order_claims(tables, printed):
     rows = []
     for claim, name, higher, lower, part, stated in ORDERS:
         table = tables.get(name, {})
-        columns = [
-            column for row, column in table if row == higher and part in column and " - " not in column
-        ]
+        columns = [c for row, c in table if row == higher and part in c and " - " not in c]
         for column in columns:
             paper = " / ".join(printed(row, table=name) for row in stated) or "-"
             if name == "table3":
-                metric, names = (
-                    " " + column.split("_")[0],
-                    [row.replace("mtt+d", "dancing") for row in (higher, lower)],
-                )
+                names, metric = (higher, lower.replace("mtt+d", "dancing")), " " + column.split("_")[0]
                 paper = " / ".join(printed(row, metric, name[5:]) for row in names)
             elif stated and name in ("fig7b", "fig7c"):
                 paper = printed(stated[0])
@@ -170,10 +165,8 @@ def count_claims(args, tables, printed):
     if len(values) > 1:
         verdict = "shown" if max(values) <= 1.05 * min(values) else "not shown"
     text = " / ".join(f"{v:.2f}" for v in values) or "-"
-    return [
-        *rows,
-        ("the same peak memory at every IPC (to 5 %), GB", printed("GPU memory, GB"), text, verdict),
-    ]
+    claim = "the same peak memory at every IPC (to 5 %), GB"
+    return [*rows, (claim, printed("GPU memory, GB"), text, verdict)]
 
 
 def estimate(args):
@@ -191,22 +184,17 @@ def main(args):
 
     def printed(row, ipc="", table="claims"):
         """The paper's figure for this data set; those of others with their names."""
-        found = {
-            line["column"]: line["value"] for line in paper if (line["table"], line["row"]) == (table, row)
-        }
-        found = {column: value for column, value in found.items() if column.endswith(ipc)}
-        own = args.dataset + ipc
+        lines = [line for line in paper if (line["table"], line["row"]) == (table, row)]
+        found = {line["column"]: line["value"] for line in lines if line["column"].endswith(ipc)}
         others = [f"{value} {column.removesuffix(ipc)}" for column, value in found.items()]
-        return found.get(own) or ", ".join(others) or "-"
+        return found.get(args.dataset + ipc) or ", ".join(others) or "-"
 
     rows = main_claims(args.dataset, tables["table1"], printed) + order_claims(tables, printed)
     rows += count_claims(args, tables, printed)
     titles = ("claim", "paper", "ours", "verdict")
     lines = [titles, ["---"] * 4, *rows]
     text = "".join("| " + " | ".join(line) + " |\n" for line in lines)
-    text += (
-        "\nOurs: difference ± its standard error. Shown: more than two of them in the paper's direction.\n"
-    )
+    text += "\nOurs: difference ± its standard error; shown: above two of them, in the paper's direction.\n"
     contract.save(folder / "claims.md", text.encode())
     contract.save(folder / "claims.csv", [titles, *rows])
     contract.say(text)

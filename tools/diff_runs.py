@@ -28,13 +28,13 @@ import common  # noqa: E402
 
 LEFT_OUT = ("log.txt", "manifest.json")
 KINDS = {"code": "code", "parameter": "parameters", "library": "versions"}  # of reasons: part of a record
+STATES = ("identical", "differ", "only in A", "only in B")  # of files
 SHOWN = 5  # reasons in a line
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatted = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatted)
     parser.add_argument("a", type=Path, metavar="A", help="folder")
     parser.add_argument("b", type=Path, metavar="B", help="folder")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -64,7 +64,8 @@ def reasons(a, b):
     """["parameter guidance 0.1 -> 0.3"] of two records; an input that only one of them has is an extent."""
     found, inputs = [], {*a["inputs"]} & {*b["inputs"]}
     parts = {kind: [record.get(key, {}) for record in (a, b)] for kind, key in KINDS.items()}
-    parts["device"] = [{"of": record.get("device")} for record in (a, b)]
+    for name in ("device", "complete"):
+        parts[name] = [{"of": record.get(name)} for record in (a, b)]
     parts["input"] = [{name: record["inputs"][name] for name in inputs} for record in (a, b)]
     for kind, (old, new) in parts.items():
         for name in (name for name in sorted({*old, *new}) if old.get(name) != new.get(name)):
@@ -102,10 +103,8 @@ def compare(a, b):
         return {"unreadable": 1}
     if x.shape != y.shape:
         return {"other shape": 1}
-    parts = [
-        np.abs(np.subtract(p, q, dtype=np.float64))
-        for p, q in zip(np.atleast_1d(x), np.atleast_1d(y), strict=True)
-    ]
+    pairs = zip(np.atleast_1d(x), np.atleast_1d(y), strict=True)
+    parts = [np.abs(np.subtract(*pair, dtype=np.float64)) for pair in pairs]
     if a.suffix == ".mp4":
         error = np.mean([np.square(part).mean() for part in parts])
         return {"PSNR": 10 * math.log10(255**2 / error)} if error else {"same frames": 1}
@@ -140,18 +139,8 @@ def compare_folder(args, folder, names):
     for name in sorted({*hashes[0], *hashes[1]}):
         old, new = (of_root.get(name) for of_root in hashes)
         kind = found["files"].setdefault(Path(name).suffix or name, {})
-        counts = kind.setdefault(
-            class_of(name), dict.fromkeys(("identical", "differ", "only in A", "only in B"), 0)
-        )
-        state = (
-            "identical"
-            if old == new
-            else "only in B"
-            if old is None
-            else "only in A"
-            if new is None
-            else "differ"
-        )
+        counts = kind.setdefault(class_of(name), dict.fromkeys(STATES, 0))
+        state = "identical" if old == new else "differ" if old and new else f"only in {'A' if old else 'B'}"
         counts[state] += 1
         same = same and state == "identical"
         if state == "differ":
@@ -190,17 +179,15 @@ def report(found):
     if a := found.get("accuracy"):
         within = {True: "beyond", False: "within", None: "a single network, without"}[a["beyond"]]
         error = "" if a["error"] is None else f" ± {a['error']:.2f}"
-        lines.append(
-            f"  top-1 {a['A']:.2f} -> {a['B']:.2f} %: {a['change']:+.2f}{error}, {within} its spread"
-        )
+        change = f"{a['A']:.2f} -> {a['B']:.2f} %: {a['change']:+.2f}{error}"
+        lines.append(f"  top-1 {change}, {within} its spread")
     for kind, classes in found["files"].items():
         for label, counts in classes.items():
             values = ", ".join(f"{name} {value:g}" for name, value in counts.items() if value)
             if values.split(" ")[0] != "identical" or "," in values:
                 lines.append(f"  {kind} {label}: {values}")
-        if same := [
-            label for label, counts in classes.items() if set(counts.values()) == {counts["identical"], 0}
-        ]:
+        same = [c for c, counts in classes.items() if sum(counts.values()) == counts["identical"]]
+        if same:
             lines.append(f"  {kind}: identical in {', '.join(same[:SHOWN])}" + " ..." * (len(same) > SHOWN))
     return lines
 

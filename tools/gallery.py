@@ -80,14 +80,14 @@ def parse_args():
 
 def figure(path, method, caption, sources=None):
     """A video with its caption. sources: of each of its frames."""
-    data = f" data-sources='{html.escape(json.dumps(sources))}'" if sources else ""
-    source = urllib.parse.quote(path)
-    return (
-        f'<figure data-method="{html.escape(method)}"><video src="{source}" muted loop playsinline '
-        f'preload="metadata"{data}></video><figcaption>{html.escape(caption)}'
-        + ("<br><span></span>" if sources else "")
-        + "</figcaption></figure>"
+    data, line = "", ""
+    if sources:
+        data, line = f' data-sources="{html.escape(json.dumps(sources))}"', "<br><span></span>"
+    video = (
+        f'<video src="{urllib.parse.quote(path)}" muted loop playsinline preload="metadata"{data}></video>'
     )
+    caption = f"<figcaption>{html.escape(caption)}{line}</figcaption>"
+    return f'<figure data-method="{html.escape(method)}">{video}{caption}</figure>'
 
 
 def bars(args):
@@ -96,7 +96,7 @@ def bars(args):
     for row in contract.read(path) if path.exists() else []:
         if row["net"] == "minic3d" and row["ipc"] in ("", str(args.ipc)):
             name = row["set"] + ", soft labels" * (row["labels"] == "soft")
-            spread = f" ± {float(row['std']):.1f}" * bool(row["std"] or 0) if row["std"] else ""
+            spread = f" ± {float(row['std']):.1f}" if row["std"] else ""
             text = f"{float(row['top1']):.1f}{spread} ({row['n']}) {row['note']}"
             width = f"{3 * float(row['top1']):.0f}px"
             lines.append((float(row["top1"]), f'<div class="bar"><b>{html.escape(name)}</b>'
@@ -105,43 +105,34 @@ def bars(args):
 
 
 def estimate(args):
-    count = args.ipc * len(args.classes)
-    seconds, machine = (
-        (SECONDS["demo"], "two CPU cores") if args.dataset == "demo" else (SECONDS_FULL, "an A100")
-    )
+    count, demo = args.ipc * len(args.classes), args.dataset == "demo"
+    seconds, machine = SECONDS.get(args.dataset, SECONDS_FULL), "two CPU cores" if demo else "an A100"
     return {"gallery": ("prototypes", count, seconds * count, 5e5 * count, machine)}
 
 
 def decode_prototypes(args):
-    """Makes the .mp4 files of real clips and prototypes; {class: name of the real clip of each prototype}."""
+    """Makes the .mp4 files of real clips and prototypes; {class: the real clip nearest to each prototype}."""
     fix = f"bash run_all.sh {args.dataset} {args.ipc}"
     clips = contract.Input(args, "01_clips", fix)
     prototypes = contract.Input(args, f"02_prototypes/ipc{args.ipc}/direct", fix)
     files = [f"{c}.{kind}" for c in args.classes for kind in ("npy", "csv")]
     inputs = {f"02 {name}": digest for name, digest in prototypes.check(files).items()}
     inputs |= {f"01 {n}": digest for n, digest in clips.check(f"train/{name}" for name in files).items()}
-    vae_folder = common.model_folder(args, ("vae",)) / "vae"
+    vae_folder, nearest = common.model_folder(args, ("vae",)) / "vae", {}
     inputs["vae"] = common.folder_hash(vae_folder)
-    wanted = [
-        f"{kind}/{c}/{k}.mp4" for kind in ("real", "prototype") for c in args.classes for k in range(args.ipc)
-    ]
-    output, nearest = (
-        contract.Output(args, f"gallery/ipc{args.ipc}", {"device": args.device}, inputs, wanted),
-        {},
-    )
+
+    def made(label):
+        return [f"{kind}/{label}/{k}.mp4" for kind in ("real", "prototype") for k in range(args.ipc)]
+
+    wanted, parameters = [name for c in args.classes for name in made(c)], {"device": args.device}
+    output = contract.Output(args, f"gallery/ipc{args.ipc}", parameters, inputs, wanted)
     vae = common.load_part(vae_folder, "vae", output.device, torch.float32) if output.todo else None
     for label in args.classes:
-        rows = prototypes.load(f"{label}.csv")
-        of_k = (
-            [(float(r["distance"]), r["name"]) for r in rows if r["prototype"] == str(k)]
-            for k in range(args.ipc)
-        )
-        nearest[label] = [min(members)[1] for members in of_k]
-        if not output.mine(
-            [label],
-            lambda c: [f"{kind}/{c}/{k}.mp4" for kind in ("real", "prototype") for k in range(args.ipc)],
-        ):
-            continue
+        members = [{} for _ in range(args.ipc)]
+        for row in prototypes.load(f"{label}.csv"):
+            members[int(row["prototype"])][row["name"]] = float(row["distance"])
+        nearest[label] = [min(of_k, key=of_k.get) for of_k in members]
+    for label in output.mine(args.classes, made):
         names = [row["name"] for row in clips.load(f"train/{label}.csv")]
         latents, real = prototypes.load(f"{label}.npy"), clips.load(f"train/{label}.npy")
         for k, name in enumerate(nearest[label]):
@@ -152,52 +143,50 @@ def decode_prototypes(args):
     return nearest
 
 
+def find_videos(args):
+    """{(folder, method): {file: the source of each frame, None if not composed}} of the sets."""
+    found = {}
+    for name in args.sets.split(","):
+        for step, kind in (("03_samples", "generated"), ("04_distilled", "composed")):
+            place = f"{step}/ipc{args.ipc}/{name}"
+            folder = args.work_dir / args.dataset / place
+            record = contract.read(folder / "manifest.json") or {"complete": False}
+            if record["complete"]:
+                files = dict.fromkeys(sorted(n for n in record["outputs"] if n.endswith(".mp4")))
+                for row in (
+                    contract.read(folder / "metadata.csv") if "metadata.csv" in record["outputs"] else ()
+                ):
+                    parts = zip(row["sources"].split(), row["frames"].split(), strict=True)
+                    sources = [f"{sample}, frame {f}" for sample, frames in parts for f in frames.split("-")]
+                    files[row["file_name"]] = sources
+                found[place, f"{name}, {kind}"] = files
+    return found
+
+
+def options(names):
+    return "".join(f"<option>{html.escape(name)}</option>" for name in names)
+
+
 def main(args):
-    base, ipc, sections = args.work_dir / args.dataset, f"ipc{args.ipc}", []
-    nearest = decode_prototypes(args)
+    base, sections, nearest = args.work_dir / args.dataset, [], decode_prototypes(args)
     if args.dry_run:
         return
-    methods, made = {"real": None, "prototype": None}, {}
-    for name in args.sets.split(","):
-        for step in ("03_samples", "04_distilled"):
-            record = contract.read(base / step / ipc / name / "manifest.json")
-            if record and record["complete"]:
-                made[step, name] = sorted(n for n in record["outputs"] if n.endswith(".mp4"))
-                methods[f"{name}, {'generated' if step == '03_samples' else 'composed'}"] = None
+    made, place = find_videos(args), f"gallery/ipc{args.ipc}"
     for label in args.classes:
-        videos = []
+        shown, title = [], html.escape(label)
         for k, name in enumerate(nearest[label]):
-            videos.append(figure(f"gallery/{ipc}/real/{label}/{k}.mp4", "real", f"real: {name}"))
+            shown.append(figure(f"{place}/real/{label}/{k}.mp4", "real", f"real: {name}"))
             text = f"prototype {k}, nearest to {name}"
-            videos.append(figure(f"gallery/{ipc}/prototype/{label}/{k}.mp4", "prototype", text))
-        for (step, name), files in made.items():
-            plans = {}
-            if step == "04_distilled":
-                for row in contract.read(base / step / ipc / name / "metadata.csv"):
-                    parts = zip(row["sources"].split(), row["frames"].split(), strict=True)
-                    plans[row["file_name"]] = [
-                        f"{s}, frame {f}" for s, of_s in parts for f in of_s.split("-")
-                    ]
+            shown.append(figure(f"{place}/prototype/{label}/{k}.mp4", "prototype", text))
+        for (folder, method), files in made.items():
             for file in (file for file in files if file.startswith(f"{label}/")):
-                kind = "composed" if plans else "generated"
-                caption = f"{name}, {kind}: {Path(file).stem}"
-                videos.append(
-                    figure(f"{step}/{ipc}/{name}/{file}", f"{name}, {kind}", caption, plans.get(file))
-                )
-        title = html.escape(label)
-        sections.append(
-            f'<section data-class="{title}"><h2>{title}</h2>\n' + "\n".join(videos) + "</section>"
-        )
-
-    def options(names):
-        return "".join(f"<option>{html.escape(name)}</option>" for name in names)
-
-    values = {
-        "title": f"{args.dataset}, IPC {args.ipc}",
-        "bars": bars(args),
-        "classes": options(args.classes),
-    }
-    values |= {"methods": options(methods), "sections": "\n".join(sections), "rate": RATE}
+                text = f"{method}: {Path(file).stem}"
+                shown.append(figure(f"{folder}/{file}", method, text, files[file]))
+        videos = "\n".join(shown)
+        sections.append(f'<section data-class="{title}"><h2>{title}</h2>\n{videos}</section>')
+    values = {"title": f"{args.dataset}, IPC {args.ipc}", "bars": bars(args), "rate": RATE}
+    methods = ["real", "prototype", *(method for _, method in made)]
+    values |= {"classes": options(args.classes), "methods": options(methods), "sections": "\n".join(sections)}
     width, height = args.spec["size"]
     values |= {"width": 96 if width < 96 else 224, "ratio": f"{width} / {height}"}
     contract.save(base / "gallery.html", PAGE.format(**values).encode())

@@ -95,8 +95,7 @@ class Results:
         making += [f"not {text}" for text in varied if text not in row["making"].split("; ")]
         note = "; ".join([row["note"]] * bool(row["note"]) + making)
         value, std = (float(row[key]) if row[key] else None for key in ("top1", "std"))
-        cell = {"value": value, "std": std, "n": int(row["n"]), "protocol": row["protocol"], "note": note}
-        return cell
+        return {"value": value, "std": std, "n": int(row["n"]), "protocol": row["protocol"], "note": note}
 
     def bytes(self, ipc, name, labels, column):
         row = self.row(ipc, name, labels)
@@ -148,9 +147,8 @@ class Results:
         seconds = [int(s) for s in re.findall(r"^03 done: .*, (\d+) s$", log, re.M)]
         memory = [float(m) for m in re.findall(r"^03 peak memory ([\d.]+) GB", log, re.M)]
         if row == "peak memory, GB":
-            return (
-                {"value": max(memory)} if memory else {"note": "the log has none" if log else "no such set"}
-            )
+            missing = "the log has none" if log else "no such set"
+            return {"value": max(memory)} if memory else {"note": missing}
         if (len(runs), len(seconds)) != (1, 1):
             return {"note": "made in several runs" if log else "no such set"}
         videos = [n for n in contract.read(folder / "manifest.json")["outputs"] if n.endswith(".mp4")]
@@ -183,16 +181,15 @@ def cell_text(cell, digits, footnotes):
 
 
 class Tables:
-    """Writes tables, and keeps them: `cells` is {(table, row, column): cell}."""
+    """Writes tables, beside the paper's figures."""
 
     def __init__(self, folder):
-        self.folder, self.paper, self.cells = folder, paper_cells(), {}
+        self.folder, self.paper = folder, paper_cells()
 
     def write(self, name, title, rows, columns, cell, note=""):
-        """cell(row, column). The paper's figure is added where the list has one for (name, row, column)."""
-        made, digits, footnotes = {}, DIGITS.get(name, 1), {}
-        for key in ((row, column) for row in rows for column in columns):
-            made[key] = self.cells[(name, *key)] = cell(*key)
+        """name: of the files. cell: a function of row and column."""
+        digits, footnotes = DIGITS.get(name, 1), {}
+        made = {(row, column): cell(row, column) for row in rows for column in columns}
         lines = [[title, *columns], ["---"] * (1 + len(columns))]
         lines += [[r, *(cell_text(made[r, c], digits, footnotes) for c in columns)] for r in rows]
         text = "".join("| " + " | ".join(line) + " |\n" for line in lines) + f"\n{note}\n" * bool(note)
@@ -203,6 +200,7 @@ class Tables:
         contract.say(self.folder / f"{name}.md")
 
     def beside(self, table, row, column):
+        """The paper's figure, as part of a cell."""
         return self.paper.get((table, row, column), {})
 
 
@@ -239,8 +237,8 @@ def write_table1(tables, parts):
     tables.write("table1_mp4", "bytes by one measure", TABLE1, columns, size("mp4_bytes"), note)
 
 
-def write_ablations(tables, part, ipc=ABLATIONS):
-    """Tables 2 to 4, Fig. 7 to 10 and the cost of sampling."""
+def write_tables(tables, part, ipc=ABLATIONS):
+    """Tables 2 to 4."""
     columns = {f"IPC {k}, {net}": (k, net) for k in (1, ABLATIONS) for net in NETS}
     columns |= {f"IPC {k}, {net} - minic3d": (k, net) for k in (1, ABLATIONS) for net in NETS[1:]}
 
@@ -261,9 +259,7 @@ def write_ablations(tables, part, ipc=ABLATIONS):
 
     made = [f"{name}{step}" for name in ("naive", "knoise", "gvd") for step in (", before composition", "")]
     rows = ["all real clips", "random real clips", DANCING, *made]
-    note = (
-        "The paper says neither the entropy's base nor whether of a class or of all: its figure is by both."
-    )
+    note = "The paper says neither the entropy's base nor whether per class or of all: it is by both."
     tables.write("table3", f"Table 3: diversity, IPC {ipc}", rows, METRICS, diversity, note)
 
     def composed(frames, pattern):
@@ -276,6 +272,9 @@ def write_ablations(tables, part, ipc=ABLATIONS):
     note = "Videos of a group x frames of each; 1x16 is without composition. The paper's IPC is not stated."
     tables.write("table4", f"Table 4: composition, top-1 %, IPC {ipc}", FRAMES, PATTERNS, composed, note)
 
+
+def write_figures(tables, part, ipc=ABLATIONS):
+    """Fig. 7 to 10 and the cost of sampling."""
     columns = {f"IPC {k}": k for k in part.ipcs}
     for name, title, rows in (
         ("fig7a", "Fig. 7 a: samplers, composed alike", ("naive", "knoise", "gvd")),
@@ -288,16 +287,11 @@ def write_ablations(tables, part, ipc=ABLATIONS):
     sets = {"dancing": DANCING, "knoise": "knoise-samples", "gvd before composition": "gvd-samples"}
     sets |= {"gvd": "gvd", "real": "full"}
     cell = lambda row, _: part.score(ipc, sets[row]) | tables.beside("fig7d", row, part.dataset)  # noqa: E731
-    note = (
-        "By MiniC3D trained on all clips, (videos); real: its own training clips. knoise: before composition."
-    )
+    note = "By MiniC3D of all clips, (videos); real: its own training clips. knoise: before composition."
     tables.write("fig7d", f"Fig. 7 d: recognised, %, IPC {ipc}", sets, ["score"], cell, note)
 
-    names, missing = (
-        {"before": "frames per clip, training and test"},
-        {"note": "not counted: tools/metrics.py"},
-    )
-    names["after"] = "frames per distilled video"
+    names = {"before": "frames per clip, training and test", "after": "frames per distilled video"}
+    missing = {"note": "not counted: tools/metrics.py"}
     cell = lambda _, column: {"value": part.frames[names[column]]} if part.frames else missing  # noqa: E731
     tables.write("fig8", "Fig. 8: frames per video", [part.dataset], names, cell)
 
@@ -312,10 +306,8 @@ def write_ablations(tables, part, ipc=ABLATIONS):
     def swept(row, _):
         return part.score(ipc, f"{sets[row]}-samples", True) | tables.beside("fig10", row, part.dataset)
 
-    note = (
-        "One draw per prototype, before composition, (videos). stop s: guided while t > s T. The paper, on "
-    )
-    note += "MiniUCF, without the values of lambda and stop: "
+    note = "One draw per prototype, before composition, (videos). stop s: guided while t > s T. "
+    note += "The paper, on MiniUCF, without the values of lambda and stop: "
     note += ", ".join(f"{k[1]} {v['paper']}" for k, v in tables.paper.items() if k[0] == "fig10") + "."
     tables.write("fig10", f"Fig. 10: lambda and stop, recognised %, IPC {ipc}", sets, ["score"], swept, note)
     cost = lambda row, column: part.cost(columns[column], row)  # noqa: E731
@@ -339,7 +331,8 @@ def main(args):
     parts = [part for name in names if (part := Results(args, name)).found]
     tables = Tables(folder)
     write_table1(tables, parts)
-    write_ablations(tables, Results(args, args.dataset))
+    for write in (write_tables, write_figures):
+        write(tables, Results(args, args.dataset))
 
 
 if __name__ == "__main__":
