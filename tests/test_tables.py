@@ -253,9 +253,16 @@ def test_bytes_by_one_measure(place, tmp_path):
     """Of the set, of all clips and, for random, of the clips that each repeat took; then as results.csv."""
     for words in (("--train-on", "random"), ("--train-on", "full", "--repeats", 1)):
         assert place.run("05", *words)[0] == 0
+    arrays = place.work / "demo/04_distilled/ipc2/dm"  # a baseline's set: one real clip, twice
+    clip = np.load(place.work / "demo/01_clips/train/Walk.npy")[3, 0]
+    for label in CLASSES:
+        contract.save(arrays / f"{label}.npy", np.stack([clip, clip])[:, None].astype(np.float16))
+    contract.save(arrays / "set.json", {"variants": 1})
+    outputs = {p.name: {"bytes": 1, "sha256": contract.sha256(p)} for p in arrays.iterdir()}
+    record = contract.read(place.work / "demo/04_distilled/ipc2/gvd/manifest.json")
+    contract.save(arrays / "manifest.json", record | {"outputs": outputs})
     assert place.run("tools/mp4_bytes.py")[0] == place.run("tools/tables.py")[0] == 0
     sizes, spec = contract.read(place.work / "demo/mp4_bytes.json"), common.DATASETS["demo"]
-    clip = np.load(place.work / "demo/01_clips/train/Walk.npy")[3, 0]
     common.write_mp4(tmp_path / "a.mp4", clip)
     name = contract.read(place.work / "demo/01_clips/train/Walk.csv")[3]["name"]
     assert sizes["real"]["Walk"][name] == (tmp_path / "a.mp4").stat().st_size
@@ -263,7 +270,7 @@ def test_bytes_by_one_measure(place, tmp_path):
     for path in place.work.glob("demo/04_distilled/ipc2/gvd/*/*.mp4"):
         common.write_mp4(tmp_path / "a.mp4", common.network_clip(common.read_video(path), spec))
         total += (tmp_path / "a.mp4").stat().st_size
-    assert sizes["sets"] == {"ipc2/gvd": total}
+    assert sizes["sets"] == {"ipc2/gvd": total, "ipc2/dm": 4 * sizes["real"]["Walk"][name]}
     rows = {row["set"]: row for row in contract.read(place.work / "demo/tables/results.csv")}
     assert float(rows["gvd"]["mp4_bytes"]) == total
     assert float(rows["full"]["mp4_bytes"]) == sum(sum(c.values()) for c in sizes["real"].values())

@@ -2,7 +2,8 @@
 
 Stored sizes do not compare: generated videos are .mp4 files at generator size, real clips uint8 arrays.
 
-Reads:   work/<data set>/01_clips/train, 04_distilled/ipc<K>/<set>/<class>/*.mp4
+Reads:   work/<data set>/01_clips/train; 04_distilled/ipc<K>/<set>/<class>/*.mp4, or where there is a set.json
+         <class>.npy float16 [n, variants, 16, S, S, 3], of which the first variant is measured
 Writes:  work/<data set>/mp4_bytes.json: {"real": {class: {clip: bytes}}, "sets": {"ipc<K>/<set>": bytes}}
 Run:     python tools/mp4_bytes.py demo
 Cost:    demo: 10 s on one CPU core. hmdb51, by estimate: 5 min
@@ -15,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import contract  # noqa: E402  isort: skip
+import numpy as np  # noqa: E402
 import videomae  # noqa: E402
 
 import common  # noqa: E402
@@ -50,14 +52,18 @@ def main(args):
     clips, _ = videomae.real_clips(args)
     for label, (names, array) in contract.bar(clips.items(), desc="real clips"):
         found["real"][label] = dict(zip(names, encoded(array[:, 0]), strict=True))
-    for path in sorted(base.glob("04_distilled/ipc*/*/metadata.csv")):
-        if ".old-" not in path.parent.name:
-            fix = contract.command(args, "04_mvic_compose.py", path.parts[-3][3:], "--name", path.parts[-2])
-            videos, _, _ = videomae.find_videos(args, path.parent.absolute(), fix)
-            sizes = (
-                encoded(common.network_clips(path.parent, files, args.spec)) for files in videos.values()
-            )
-            found["sets"]["/".join(path.parts[-3:-1])] = sum(map(sum, sizes))
+    for path in sorted(base.glob("04_distilled/ipc*/*/manifest.json")):
+        if ".old-" in path.parent.name or not contract.read(path)["complete"]:
+            continue
+        source = contract.Input(args, path.parent.relative_to(base), f"rm {path}")
+        if "set.json" in source.outputs:  # float16 [n, variants, 16, S, S, 3] in grey levels
+            source.check(files := [f"{c}.npy" for c in args.classes])
+            grey = (np.rint(source.load(file)[:, 0].astype(np.float32)).clip(0, 255) for file in files)
+            clips = (values.astype(np.uint8) for values in grey)
+        else:
+            videos, _, _ = videomae.find_videos(args, path.parent.absolute(), source.fix)
+            clips = (common.network_clips(path.parent, files, args.spec) for files in videos.values())
+        found["sets"]["/".join(path.parts[-3:-1])] = sum(sum(encoded(of_class)) for of_class in clips)
     contract.save(base / "mp4_bytes.json", found)
     contract.say(base / "mp4_bytes.json")
 
