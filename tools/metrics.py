@@ -174,7 +174,7 @@ def select_random(count, ipc, seed, repeat, label):
 
 
 def load_network(args):
-    """(MiniC3D trained on all real clips, the classes of its outputs)."""
+    """(MiniC3D trained on all real clips, the classes of its outputs, how it is short of its protocol)."""
     fix = contract.command(args, "05_train_eval.py", "--train-on", "full", "--save")
     folder = f"05_networks/minic3d__{'demo' if args.dataset == 'demo' else 'gvd'}"
     source, name = contract.Input(args, folder, fix), "network.safetensors"
@@ -185,7 +185,8 @@ def load_network(args):
         network.load_state_dict({name: file.get_tensor(name) for name in network.state_dict()})
     if unknown := [c for c in args.classes if c not in known]:
         raise contract.ContractError(f"{source.folder}: no output for {unknown[0]}", found=", ".join(known))
-    return network.to(memory_format=torch.channels_last_3d), known
+    short = source.record["parameters"].get("deviations", [])
+    return network.to(memory_format=torch.channels_last_3d), known, short
 
 
 @torch.inference_mode()
@@ -204,17 +205,17 @@ def score(network, known, videos):
 
 def score_sets(args, sets):
     """Writes score.json of each set."""
-    network, known = load_network(args)
+    network, known, short = load_network(args)
     for name, step, folder in sets:
         videos, made_of, _ = read_set(args, step, folder)
-        result = {"set": name + "-samples" * (step == "samples"), "videos made of": made_of}
+        result = {"set": name + "-samples" * (step == "samples"), "videos made of": made_of, "short": short}
         result |= score(network, known, videos)
         if step == "samples":
             videos, _, _ = read_set(args, step, folder, "_0.mp4")
             result["first draw"] = score(network, known, videos)
         save_score(args, result)
     real, files = videomae.real_clips(args)  # the training clips of the network itself
-    result = {"set": "full", "videos made of": contract.digest(files)}
+    result = {"set": "full", "videos made of": contract.digest(files), "short": short}
     save_score(args, result | score(network, known, {c: clips[:, 0] for c, (_, clips) in real.items()}))
 
 

@@ -92,7 +92,7 @@ class Results:
         if row is None:
             return self.why(ipc, name)
         making = [text for text in row["making"].split("; ") if text and text not in varied]
-        making += [f"not {text}" for text in varied if text not in row["making"].split("; ")]
+        making += [f"the same as without {text}" for text in varied if text not in row["making"].split("; ")]
         note = "; ".join([row["note"]] * bool(row["note"]) + making)
         value, std = (float(row[key]) if row[key] else None for key in ("top1", "std"))
         return {"value": value, "std": std, "n": int(row["n"]), "protocol": row["protocol"], "note": note}
@@ -111,14 +111,22 @@ class Results:
         files = [name for c in self.classes for name in files if name.startswith(f"{c}/")]
         return contract.digest({n: record["outputs"][n]["sha256"] for n in files}) if files else None
 
-    def score(self, ipc, name, first_draw=False):
-        """Share of a set's videos that the network trained on all clips recognises."""
+    def score(self, ipc, name, stated=None):
+        """Share of a set's videos that the network trained on all clips recognises.
+
+        stated: of the first draws alone; how the set is made, in the words of its record.
+        """
         found = contract.read(self.base / f"05_results/ipc{ipc}/{name}/score.json")
         if found is None:
             return {"note": "not scored: tools/metrics.py --score"}
-        part, now = found["first draw"] if first_draw else found, self.digest(ipc, name)
-        older = "of an older set" * (now not in (None, found["videos made of"]))
-        return {"value": part["top1"], "n": part["videos"], "note": older}
+        part, now = found if stated is None else found["first draw"], self.digest(ipc, name)
+        notes = [f"network short of its protocol: {text}" for text in found["short"]]
+        notes += ["of an older set"] * (now not in (None, found["videos made of"]))
+        path = self.base / f"03_samples/ipc{ipc}" / name.removesuffix("-samples") / "manifest.json"
+        made = contract.read(path) if stated else None
+        for key, value in stated.items() if made else ():
+            notes += [f"{key} {made['parameters'].get(key)}"] * (made["parameters"].get(key) != value)
+        return {"value": part["top1"], "n": part["videos"], "note": "; ".join(notes)}
 
     def metric(self, ipc, row, column):
         made = contract.read(self.base / f"metrics_ipc{ipc}.json") or {"sets": [], "inputs": {}}
@@ -301,10 +309,13 @@ def write_figures(tables, part, ipc=ABLATIONS):
 
     note = "The Frobenius distance is the Euclidean one of flattened latents, that of direct."
     tables.write("fig9", f"Fig. 9: clustering, top-1 %, IPC {ipc}", CLUSTERS, ["top-1"], clustered, note)
-    sets = {f"{k} {v:g}": f"{name}-{v:g}" for k, (name, values) in SWEEPS.items() for v in values} | SAME
+    sets = {f"{k} {v:g}": (name, v) for k, (name, values) in SWEEPS.items() for v in values}
 
     def swept(row, _):
-        return part.score(ipc, f"{sets[row]}-samples", True) | tables.beside("fig10", row, part.dataset)
+        name, value = sets[row]
+        stated = {name: value} if row != "stop 1" else {"guidance": 0}  # never guided: the same videos
+        cell = part.score(ipc, SAME.get(row, f"{name}-{value:g}") + "-samples", stated)
+        return cell | tables.beside("fig10", row, part.dataset)
 
     note = "One draw per prototype, before composition, (videos). stop s: guided while t > s T. "
     note += "The paper, on MiniUCF, without the values of lambda and stop: "
