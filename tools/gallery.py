@@ -38,8 +38,10 @@ section h2 {{ margin: .8em 0 .2em; }}
 figure {{ display: inline-block; margin: 2px 6px 6px 0; vertical-align: top; width: {width}px; }}
 video {{ width: 100%; display: block; background: #ddd; aspect-ratio: {ratio}; object-fit: contain; }}
 figcaption {{ font-size: 11px; overflow-wrap: anywhere; }}
-.bar {{ display: flex; align-items: center; height: 18px; }}
-.bar b {{ width: 14em; font-weight: normal; }} .bar i {{ background: #48a; height: 12px; margin-right: 6px; }}
+.bar {{ display: flex; align-items: center; height: 18px; white-space: nowrap; }}
+.bar b {{ flex: 0 0 16em; font-weight: normal; }}
+.bar i {{ flex: none; background: #48a; height: 12px; margin-right: 6px; }}
+.bar em {{ font-style: normal; overflow: hidden; text-overflow: ellipsis; }}
 [hidden] {{ display: none; }}
 </style>
 <h1>{title}</h1>
@@ -97,10 +99,11 @@ def bars(args):
         if row["net"] == "minic3d" and row["ipc"] in ("", str(args.ipc)):
             name = row["set"] + ", soft labels" * (row["labels"] == "soft")
             spread = f" ± {float(row['std']):.1f}" if row["std"] else ""
-            text = f"{float(row['top1']):.1f}{spread} ({row['n']}) {row['note']}"
+            marks = "; ".join(text for text in (row["note"], row["making"]) if text)
+            text = f"{float(row['top1']):.1f}{spread} ({row['n']}) {marks}"
             width = f"{3 * float(row['top1']):.0f}px"
-            lines.append((float(row["top1"]), f'<div class="bar"><b>{html.escape(name)}</b>'
-                          f'<i style="width:{width}"></i>{html.escape(text)}</div>'))  # fmt: skip
+            bar = f'<b>{html.escape(name)}</b><i style="width:{width}"></i><em>{html.escape(text)}</em>'
+            lines.append((float(row["top1"]), f'<div class="bar" title="{html.escape(text)}">{bar}</div>'))
     return "\n".join(line for _, line in sorted(lines, reverse=True)) or "<p>no results yet</p>"
 
 
