@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # The whole method on one data set at one IPC, then the table of its sets: a column of Table 1.
 #
-#   bash run_all.sh [DATASET [IPC]] [options]     demo, hmdb51, miniucf or ucf101; videos per class (5)
+#   bash run_all.sh [DATASET [IPC | all]] [options]  demo, hmdb51, miniucf or ucf101; videos per class (5)
 #   bash run_all.sh                        demo 5 --quick: 13 minutes on two CPU cores, no GPU, no data needed
 #   bash run_all.sh demo 5                 the demo's whole column: 40 minutes, by estimate
 #   bash run_all.sh hmdb51 20              HMDB51, 20 videos per class: 22 hours on one A100, by estimate
+#   bash run_all.sh demo all               IPC 1, 5, 10 (20), every table and figure, a gallery: tools/all.sh
 #   bash run_all.sh --03 '--guidance 0.3'  another option for one stage; what it does not touch stays as it is
 #
 #   --quick               only the rows GVD and random, with hard labels
 #   --from N, --to M      only stages N to M (1 to 5)
-#   --0N 'OPTIONS'        for stage N alone, those of 05 for each of its rows (see python 0N_*.py --help)
+#   --0N 'OPTIONS'        for stage N alone, for each of its calls (see python 0N_*.py --help)
 #   --finetune 'OPTIONS'  likewise for tools/finetune_unet.py, which makes the U-Net of hmdb51 and miniucf if
 #                         stage 03 is given no other, as --03 '--unet published'
 #   --soft 'OPTIONS'      likewise for tools/soft_labels.py, as --soft '--teacher MODEL'
@@ -22,8 +23,8 @@
 set -euo pipefail
 fail() { echo "run_all.sh: $*; type: bash run_all.sh --help" >&2; exit 2; }
 
-from=1 to=5 quick=0 dry=0 setup=0 data_root=data windows="" plan="" what=() shared=()
-declare -A options=([01]="" [03]="" [05]="" [soft]="") # of a script, by the first word of its name
+from=1 to=5 quick=0 dry=0 setup=0 data_root=data windows="" plan="" what=() shared=() more=()
+declare -A done=() options=([01]="" [03]="" [05]="" [soft]="") # of a script, by the first word of its name
 while [ $# -gt 0 ]; do
   case "$1" in
     -h|--help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit ;;
@@ -49,8 +50,8 @@ done
 [ ${#what[@]} -gt 0 ] || quick=1
 [ ${#what[@]} -lt 3 ] || fail "unexpected ${what[2]}"
 dataset="${what[0]:-demo}" ipc="${what[1]:-5}"
-[ "$ipc" != all ] || fail "all: the paper's further tables are not there yet, only those of one IPC"
-[[ "$ipc" =~ ^[1-9][0-9]*$ ]] || fail "IPC must be a number of at least 1, not $ipc"
+[ "$ipc$quick" != all1 ] || fail "--quick is for one IPC, not for all"
+[[ "$ipc" =~ ^(all|[1-9][0-9]*)$ ]] || fail "IPC must be all or a number of at least 1, not $ipc"
 [[ "$from,$to" =~ ^[1-5],[1-5]$ ]] || fail "--from and --to are 1 to 5"
 if [[ "${options[05]}" =~ dancing|sampling=drawn ]]; then options[01]+=" --windows" windows=--windows; fi
 [[ ! "${options[05]}" =~ --protocol[=\ ]*([a-z]+) ]] || options[coresets.py]="--protocol ${BASH_REMATCH[1]}"
@@ -58,43 +59,45 @@ root="$(dirname "$0")/" root="${root#./}" # paths stay relative to the folder in
 . "${root:-./}setup.sh" # makes or finds an interpreter that fits requirements.txt: $python
 [ "$setup" = 0 ] || exit 0
 
-stage() { # N SCRIPT [ARGUMENTS]: runs a script of stage N, or with --dry-run adds its plan to `plan`
-  local name="${2##*/}" words line
-  [ "$1" -ge "$from" ] && [ "$1" -le "$to" ] || return 0
+stage() { # N SCRIPT [ARGUMENTS]: runs a script of stage N, once; with --dry-run adds it to `plan`
+  local name="${2##*/}" words
+  [ "$1" -ge "$from" ] && [ "$1" -le "$to" ] && [ -z "${done[$*]:-}" ] || return 0
+  done["$*"]=1
   mapfile -t words < <(xargs -rn1 printf '%s\n' <<<"${options[${name%%_*}]:-}") # quotes are respected
   set -- "$root$2" "$dataset" "${@:3}" "${shared[@]}" "${words[@]}"
   if [ "$dry" = 0 ]; then printf '\n$ python'; printf ' %q' "$@"; echo; "$python" "$@"; return; fi
-  line="$("$python" "$@" --dry-run)"
-  echo "$line"; plan+="$line"$'\n'
+  plan+="${*@Q}"$'\n'
 }
 
 [ "$dataset/$from/$dry" != demo/1/0 ] || "$python" "${root}demo/draw_videos.py" --data-root "$data_root"
-stage 1 01_encode_latents.py
-stage 2 02_kmeans_prototypes.py "$ipc"
-[[ ! "$dataset" =~ hmdb51|miniucf || "${options[03]}" = *--unet* ]] || stage 3 tools/finetune_unet.py
-stage 3 03_guided_sample.py "$ipc"
-stage 4 04_mvic_compose.py "$ipc"
-stage 5 05_train_eval.py "$ipc" --train-on gvd
-stage 5 05_train_eval.py "$ipc" --train-on random
-if [ "$quick" = 0 ]; then
+column() { # IPC: the rows of Table 1
+  stage 1 01_encode_latents.py
+  stage 2 02_kmeans_prototypes.py "$1"
+  [[ ! "$dataset" =~ hmdb51|miniucf || "${options[03]}" = *--unet* ]] || stage 3 tools/finetune_unet.py
+  stage 3 03_guided_sample.py "$1" "${more[@]}"
+  stage 4 04_mvic_compose.py "$1"
+  stage 5 05_train_eval.py "$1" --train-on gvd
+  stage 5 05_train_eval.py "$1" --train-on random
+  [ "$quick" = 0 ] || return 0
   [[ "$dataset" != hmdb51 || "${options[soft]}" = *--teacher* ]] || stage 5 tools/train_teacher.py
-  stage 5 tools/soft_labels.py "$ipc" --train-on gvd
-  stage 5 05_train_eval.py "$ipc" --train-on gvd --labels soft
-  stage 5 tools/soft_labels.py "$ipc" --train-on random $windows
-  stage 5 05_train_eval.py "$ipc" --train-on random --labels soft
-  net="${options[05]}" options[05]+=" --net minic3d" # coresets are chosen by its features
+  stage 5 tools/soft_labels.py "$1" --train-on gvd
+  stage 5 05_train_eval.py "$1" --train-on gvd --labels soft
+  stage 5 tools/soft_labels.py --train-on random $windows
+  stage 5 05_train_eval.py "$1" --train-on random --labels soft
+  local net="${options[05]}"
+  options[05]+=" --net minic3d" # coresets are chosen by its features
   stage 5 05_train_eval.py --train-on full --save
   options[05]="$net"
-  stage 5 tools/coresets.py "$ipc"
-  stage 5 05_train_eval.py "$ipc" --train-on herding
-  stage 5 05_train_eval.py "$ipc" --train-on kcenter
+  stage 5 tools/coresets.py "$1"
+  stage 5 05_train_eval.py "$1" --train-on herding
+  stage 5 05_train_eval.py "$1" --train-on kcenter
   [[ "$net" != *--net* ]] || stage 5 05_train_eval.py --train-on full
+}
+
+if [ "$ipc" = all ]; then . "${root:-./}tools/all.sh"; else column "$ipc"; fi
+if [ "$dry" = 1 ]; then "$python" "${root}tools/plan.py" <<<"${plan%$'\n'}"; exit; fi
+if [ "$ipc" != all ]; then
+  [ "$dataset" != demo ] || stage 5 demo/contact_sheet.py "$ipc"
+  stage 5 tools/tables.py "$ipc"
 fi
-if [ "$dry" = 1 ]; then # of lines as "8 of 8 classes left, 0.010 h on one CPU core, 0.002 GB"
-  sed -nE 's/.* ([0-9.]+) h on .*, ([0-9.]+) GB.*/\1 \2/p' <<<"$plan" |
-    awk '{h += $1; g += $2} END {printf "in all: %.1f h, %.1f GB\n", h, g}'
-  exit
-fi
-[ "$dataset" != demo ] || stage 5 demo/contact_sheet.py "$ipc"
-stage 5 tools/tables.py "$ipc"
 echo "total: $SECONDS s"

@@ -12,8 +12,15 @@ from conftest import REPO, load
 
 WRITES_DOWN = """#!/bin/bash
 [ "$1" = - ] && exit  # setup.sh asks whether it fits
+if [[ "$1" = *tools/plan.py ]]; then
+  while read -r line; do
+    printf '%q %s --dry-run\n' "$PWD" "$line" >> "$COMMANDS"
+    echo planned
+    [ "${FAIL:-0}" = 0 ] || exit "$FAIL"
+  done
+  exit
+fi
 printf '%q ' "$PWD" "$@" >> "$COMMANDS"; echo >> "$COMMANDS"
-[[ "$*" = *--dry-run ]] && echo "03 stale: cfg 1 -> 2; 8 of 8 videos left, 1.250 h on an A100, 0.125 GB; no x"
 exit "${FAIL:-0}"
 """
 RECIPE = """
@@ -28,7 +35,7 @@ U- tools/finetune_unet.py SET
 HA tools/train_teacher.py SET
 -A tools/soft_labels.py SET 20 --train-on gvd
 -A 05_train_eval.py SET 20 --train-on gvd --labels soft
--A tools/soft_labels.py SET 20 --train-on random
+-A tools/soft_labels.py SET --train-on random
 -A 05_train_eval.py SET 20 --train-on random --labels soft
 -A 05_train_eval.py SET --train-on full --save --net minic3d
 -A tools/coresets.py SET 20
@@ -52,8 +59,9 @@ def commands(tmp_path):
     python, listed = repo / ".venv/bin/python", tmp_path / "commands"
     python.parent.mkdir(parents=True)
     elsewhere.mkdir()
-    for name in ("run_all.sh", "setup.sh", "requirements.txt"):
-        shutil.copy(REPO / name, repo)
+    for name in ("run_all.sh", "setup.sh", "requirements.txt", "tools/all.sh"):
+        (repo / name).parent.mkdir(exist_ok=True)
+        shutil.copy(REPO / name, repo / name)
     python.write_text(WRITES_DOWN)
     python.chmod(0o755)
 
@@ -80,7 +88,7 @@ def test_commands_of_a_column(commands, dataset):
     plans = commands(dataset, "20", "--dry-run")
     stages = [line for line in recipe(dataset) if not re.search("demo/|tables", line)]
     assert plans == [f"{line} --dry-run" for line in stages]
-    assert f"in all: {1.25 * len(plans):.1f} h, {0.125 * len(plans):.1f} GB" == commands.text.splitlines()[-1]
+    assert commands.text.splitlines().count("planned") == len(plans)
 
 
 def test_options_reach_their_scripts(commands):
@@ -113,9 +121,92 @@ def test_scripts_take_these_words(commands, monkeypatch, dataset):
             assert (args.seed, args.limit, args.keep, args.dataset) == (3, 8, True, dataset), line
 
 
+@pytest.mark.parametrize("dataset", ["demo", "hmdb51", "ucf101"])
+def test_commands_of_all(commands, monkeypatch, dataset):
+    """Each call once; every IPC's column; the sets of the tables and figures, made before they are read."""
+    lines = commands(dataset, "all", "--seed", "3")
+    assert len(lines) == len({*lines})
+    for ipc in (1, 5, 10) if dataset == "demo" else (1, 5, 10, 20):
+        for line in recipe(dataset)[:-1]:
+            line = line.replace(" 20", f" {ipc}")
+            if "contact_sheet" not in line and "draw_videos" not in line:
+                word, net, last = line.partition(" --net minic3d")
+                assert any(
+                    found.startswith(f"{word} ") and found.endswith(f"--seed 3{net}") for found in lines
+                ), line
+    assert (f"03_guided_sample.py {dataset} 20 --seed 3" in lines) == (dataset != "demo")
+    made, trained = {}, set()
+    for line in (line for line in lines if "draw_videos" not in line):
+        monkeypatch.setattr(sys, "argv", shlex.split(line))
+        script = line[:2] if line[0] == "0" else sys.argv[0]
+        args = load(script).parse_args()
+        if script == "02":
+            made["02", args.ipc, args.name] = 0
+        elif script == "03":
+            assert args.sampler == "naive" or ("02", args.ipc, args.prototypes) in made, line
+            made["03", args.ipc, args.name] = args.draws
+        elif script == "04":
+            pattern = load("04").PATTERNS[args.pattern]
+            assert made["03", args.ipc, args.samples] >= len(pattern), line
+            made["04", args.ipc, args.name] = 0
+        elif script == "05":
+            real = args.train_on in ("random", "full", "herding", "kcenter")
+            assert real or ("04", args.ipc, args.train_on) in made, line
+            trained.add((args.ipc, args.train_on, args.net, args.labels))
+    tables, figures = load("tools/paper_tables.py"), load("tools/figures.py")
+    sets = {(5, "gvd" + f"-{c}" * (c != "direct"), "minic3d", "hard") for c in tables.CLUSTERS}
+    sets |= {(k, "gvd", net, "hard") for k in (1, 5) for net in tables.NETS}
+    rows = [row for name, row in tables.ROWS.items() if name not in tables.BASELINES]
+    sets |= {
+        (k if name != "full" else None, name, "minic3d", labels)
+        for k in (1, 5, 10)
+        for name, labels, _ in rows
+    }
+    patterns = [p for p in tables.PATTERNS if p != "4x4"]
+    names = [*patterns, *(f"{p}-continuous" for p in patterns if p != "1x16"), "continuous"]
+    sets |= {(5, f"gvd-{name}", "minic3d", "hard") for name in names}
+    assert sets <= trained, sets - trained
+    swept = {f"{name}-{v:g}" for name, values in tables.SWEEPS.values() for v in values}
+    swept -= {"guidance-0.1", "stop-0.5", "stop-1"}  # of other names
+    assert {("03", 5, name) for name in swept | {*figures.STRENGTHS.values()}} <= {*made}
+    score = next(line for line in lines if "--score" in line)
+    assert swept <= {*re.split("[ ,]", score)}
+
+    plans = commands(dataset, "all", "--dry-run")
+    assert len(plans) >= len(lines) - 2  # but for the demo's videos and contact sheet
+
+
+def test_plan_adds_up(place, monkeypatch, capsys):
+    """Several commands in one process; a fresh one, one with several parts, one that fails."""
+    stages = [
+        shlex.join(place.words(*words)) for words in (("02",), ("02", "--seed", 1), ("03", "--draws", 5))
+    ]
+    monkeypatch.setattr(sys, "stdin", [line + "\n" for line in stages])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    load("tools/plan.py").main()
+    text = capsys.readouterr().out
+    assert text.startswith("02 fresh: ") and "02 stale: seed 0 -> 1; 2 of 2 classes left, " in text
+    assert "\n03 4 of 20 videos left, 0.000 h on two CPU cores" in text and "\n03, 1 parts: 0.0 h" in text
+    lines = [
+        "03 stale: cfg 1 -> 2; 8 of 8 videos left, 1.250 h on an A100, 0.125 GB; no x",
+        "01 x",
+        "02 fresh: y",
+    ]
+    lines += [
+        "03 1 of 1 videos left, 2.000 h on an A100, 1.000 GB",
+        "05 1 of 1 y left, 3.000 h on a B, 0.300 GB",
+    ]
+    sums = ["03, 2 parts: 3.2 h, 1.1 GB", "05, 1 parts: 3.0 h, 0.3 GB", "in all, 3 parts: 6.2 h, 1.4 GB"]
+    assert load("tools/plan.py").totals(lines) == sums
+    monkeypatch.setattr(sys, "stdin", [shlex.join(place.words("02", "--no-such-option"))])
+    with pytest.raises(SystemExit) as stop:
+        load("tools/plan.py").main()
+    assert stop.value.code == 2
+
+
 def test_misuse_and_failure(commands):
     for words in (
-        ["demo", "all"],
+        ["demo", "all", "--quick"],
         ["demo", "0"],
         ["demo", "5", "6"],
         ["--from", "0"],

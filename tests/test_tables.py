@@ -92,7 +92,16 @@ def test_metrics_of_the_chain(place, videomae):
     path = place.work / "demo/metrics_ipc2.json"
     first, result = path.read_bytes(), contract.read(path)
     rows = {row["set"]: row for row in result["sets"]}
+    everything = rows.pop("all real clips")
+    assert everything["mean"]["coverage_all"] == 1 and everything["videos"] == 10
     assert list(rows) == ["gvd, before composition", "gvd", "random real clips"]
+    features = {path.stem: np.load(path) for path in place.work.glob("demo/features/ipc2/*.npy")}
+    assert {name: len(points) for name, points in features.items()} == {
+        "real": 10,
+        "gvd": 4,
+        "gvd-samples": 4,
+    }
+    assert np.allclose(np.linalg.norm(features["gvd"], axis=1), 1, atol=1e-6)
     assert all(row["videos"] == 4 and f"| {row['bytes']:,} |" in text for row in rows.values())
     folder = place.work / "demo/04_distilled/ipc2/gvd"
     assert rows["gvd"]["bytes"] == sum(file.stat().st_size for file in folder.glob("*/*.mp4"))
@@ -144,6 +153,12 @@ def test_score_is_that_of_the_network(place):
         assert result["videos"] == 2 * count
         assert result["per_class"] == {c: 100 * rates.mean().item() for c, rates in right.items()}
         assert result["top1"] == 100 * torch.cat([*right.values()]).mean().item()
+        if name == "gvd-samples":  # of the first draw alone, Fig. 10
+            first = torch.cat([values[::4] for values in right.values()])  # files 0_0, 0_1 ... 1_0
+            assert result["first draw"]["videos"] == 4
+            assert result["first draw"]["top1"] == 100 * first.mean().item()
+    real = contract.read(place.work / "demo/05_results/ipc2/full/score.json")  # its own training clips
+    assert real["videos"] == 10 and set(real["per_class"]) == set(CLASSES)
 
 
 @pytest.mark.parametrize("ipc", [1, 5, 10])
@@ -162,7 +177,10 @@ def test_rows_that_are_not_run_and_the_paper():
     assert all(line.split(" | ")[2] == "not run" for line in lines[2:9])
     assert [line.split(" | ")[-1] for line in lines[2:9]] == ["- |"] * 5 + ["21.1 |", "28.58 |"]
     assert "The best method before it: 13.2." in lines
-    assert tables.paper_figures("miniucf", 10) == {"full": "57.22"} and tables.paper_figures("demo", 5) == {}
+    assert (
+        tables.paper_figures("miniucf", 10) == {"full": "57.22", "prism": "31.0"}
+        and tables.paper_figures("demo", 5) == {}
+    )
     assert "paper" not in tables.markdown("demo", 5, [])
 
 
@@ -230,3 +248,33 @@ def test_benchmark_runs_the_stages(place, tmp_path, monkeypatch):
     assert all(min(f["seconds"].values()) > 0 and f["ratio"] > 0 for f in figures.values())
     ours, plain = figures["kmeans, demo"]["inertia, ours and plain"]
     assert ours == pytest.approx(plain, rel=1e-6)
+
+
+def test_bytes_by_one_measure(place, tmp_path):
+    """Of the set, of all clips and, for random, of the clips that each repeat took; then as results.csv."""
+    for words in (("--train-on", "random"), ("--train-on", "full", "--repeats", 1)):
+        assert place.run("05", *words)[0] == 0
+    arrays = place.work / "demo/04_distilled/ipc2/dm"  # a baseline's set: one real clip, twice
+    clip = np.load(place.work / "demo/01_clips/train/Walk.npy")[3, 0]
+    for label in CLASSES:
+        contract.save(arrays / f"{label}.npy", np.stack([clip, clip])[:, None].astype(np.float16))
+    contract.save(arrays / "set.json", {"variants": 1})
+    outputs = {p.name: {"bytes": 1, "sha256": contract.sha256(p)} for p in arrays.iterdir()}
+    record = contract.read(place.work / "demo/04_distilled/ipc2/gvd/manifest.json")
+    contract.save(arrays / "manifest.json", record | {"outputs": outputs})
+    assert place.run("tools/mp4_bytes.py")[0] == place.run("tools/tables.py")[0] == 0
+    sizes, spec = contract.read(place.work / "demo/mp4_bytes.json"), common.DATASETS["demo"]
+    common.write_mp4(tmp_path / "a.mp4", clip)
+    name = contract.read(place.work / "demo/01_clips/train/Walk.csv")[3]["name"]
+    assert sizes["real"]["Walk"][name] == (tmp_path / "a.mp4").stat().st_size
+    total = 0
+    for path in place.work.glob("demo/04_distilled/ipc2/gvd/*/*.mp4"):
+        common.write_mp4(tmp_path / "a.mp4", common.network_clip(common.read_video(path), spec))
+        total += (tmp_path / "a.mp4").stat().st_size
+    assert sizes["sets"] == {"ipc2/gvd": total, "ipc2/dm": 4 * sizes["real"]["Walk"][name]}
+    rows = {row["set"]: row for row in contract.read(place.work / "demo/tables/results.csv")}
+    assert float(rows["gvd"]["mp4_bytes"]) == total
+    assert float(rows["full"]["mp4_bytes"]) == sum(sum(c.values()) for c in sizes["real"].values())
+    repeats = [contract.read(p) for p in place.work.glob("demo/05_results/ipc2/random/*/repeat_*.json")]
+    each = [sum(sizes["real"][c][n] for c in CLASSES for n in repeat["clips"][c]) for repeat in repeats]
+    assert float(rows["random"]["mp4_bytes"]) == sum(each) / 2

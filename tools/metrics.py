@@ -1,9 +1,10 @@
 """What is in a distilled set: diversity in VideoMAE features, recognisable videos, frames, stored bytes.
 
 A set is measured after composition (04_distilled) and before (03_samples, draw 0 of each prototype: as many
-videos), beside as many random real clips: the mean of the first three repeats of 05 --train-on random
-(section 4.4.4, appendices A and B). Features are what the VideoMAE's classifier sees, the layer-normalised
-mean over its tokens, scaled to length 1: the printed MPD of 0.8 to 0.9 needs it. Distances are Euclidean.
+videos), beside all real training clips and as many random ones: the mean of the first three repeats of 05
+--train-on random (section 4.4.4, appendices A and B). Features are what the VideoMAE's classifier sees, the
+layer-normalised mean over its tokens, scaled to length 1: the printed MPD of 0.8 to 0.9 needs it. Distances
+are Euclidean.
 
 Entropy   of the mean of the softmax outputs over all videos. Base and outputs are not in the paper: in bits
           over the data set's classes, and in nats over all outputs
@@ -11,13 +12,14 @@ Coverage  (eq. 12, 13) share of the real training clips whose nearest distilled 
           percentile of the distances of real clips to their nearest other one. Per class, then averaged, and
           of all classes together, since the paper does not say which
 MPD       mean pairwise distance, likewise per class and of all
---score   instead: share of the videos, of all draws, that MiniC3D trained on all real clips recognises, the
-          paper's representativeness
+--score   instead: share of the videos, of all draws and of the first, that MiniC3D trained on all real clips
+          recognises, the paper's representativeness; also of its own training clips
 
 Reads:   work/<data set>/01_clips, 03_samples/ipc<K>, 04_distilled/ipc<K>; a VideoMAE of the data set
          --score: 05_networks/minic3d__<protocol>/network.safetensors, of 05 --train-on full --save
-Writes:  work/<data set>/metrics_ipc<K>.json
-         --score: 05_results/ipc<K>/<set>/score.json, or <set>-samples/ for a set of 03_samples
+Writes:  work/<data set>/metrics_ipc<K>.json; the features, float32 [n, d] in order of class and name:
+         features/ipc<K>/{real,<set>,<set>-samples}.npy
+         --score: 05_results/ipc<K>/<set>/score.json, <set>-samples/ for a set of 03_samples, full/
 Run:     python tools/metrics.py demo 5
          python tools/metrics.py demo 5 --sets gvd,naive --score
 Cost:    demo: 15 s on two CPU cores. miniucf, by estimate: 5 min on an A100
@@ -173,7 +175,7 @@ def select_random(count, ipc, seed, repeat, label):
 
 
 def load_network(args):
-    """(MiniC3D trained on all real clips, the classes of its outputs)."""
+    """(MiniC3D trained on all real clips, the classes of its outputs, how it is short of its protocol)."""
     fix = contract.command(args, "05_train_eval.py", "--train-on", "full", "--save")
     folder = f"05_networks/minic3d__{'demo' if args.dataset == 'demo' else 'gvd'}"
     source, name = contract.Input(args, folder, fix), "network.safetensors"
@@ -184,7 +186,8 @@ def load_network(args):
         network.load_state_dict({name: file.get_tensor(name) for name in network.state_dict()})
     if unknown := [c for c in args.classes if c not in known]:
         raise contract.ContractError(f"{source.folder}: no output for {unknown[0]}", found=", ".join(known))
-    return network.to(memory_format=torch.channels_last_3d), known
+    short = source.record["parameters"].get("deviations", [])
+    return network.to(memory_format=torch.channels_last_3d), known, short
 
 
 @torch.inference_mode()
@@ -192,7 +195,8 @@ def score(network, known, videos):
     """Share in percent that the network recognises of videos {class: uint8 [m, 16, S, S, 3]}, in float32."""
     right = {}
     for label, clips in videos.items():
-        inputs = (common.to_input(part) for part in torch.from_numpy(clips).split(BATCH))
+        parts = (torch.from_numpy(np.array(clips[i : i + BATCH])) for i in range(0, len(clips), BATCH))
+        inputs = (common.to_input(part) for part in parts)
         logits = torch.cat([network(x.contiguous(memory_format=torch.channels_last_3d)) for x in inputs])
         right[label] = (logits.argmax(1) == known.index(label)).double()
     total = torch.cat([*right.values()])
@@ -202,14 +206,24 @@ def score(network, known, videos):
 
 def score_sets(args, sets):
     """Writes score.json of each set."""
-    network, known = load_network(args)
+    network, known, short = load_network(args)
     for name, step, folder in sets:
         videos, made_of, _ = read_set(args, step, folder)
-        name += "-samples" * (step == "samples")
-        result = {"set": name, "videos made of": made_of, **score(network, known, videos)}
-        path = args.work_dir / args.dataset / "05_results" / f"ipc{args.ipc}" / name / "score.json"
-        contract.save(path, result)
-        contract.say(f"{folder}: {result['top1']:.2f} % of {result['videos']} videos recognised")
+        result = {"set": name + "-samples" * (step == "samples"), "videos made of": made_of, "short": short}
+        result |= score(network, known, videos)
+        if step == "samples":
+            videos, _, _ = read_set(args, step, folder, "_0.mp4")
+            result["first draw"] = score(network, known, videos)
+        save_score(args, result)
+    real, files = videomae.real_clips(args)  # the training clips of the network itself
+    result = {"set": "full", "videos made of": contract.digest(files), "short": short}
+    save_score(args, result | score(network, known, {c: clips[:, 0] for c, (_, clips) in real.items()}))
+
+
+def save_score(args, result):
+    path = args.work_dir / args.dataset / "05_results" / f"ipc{args.ipc}" / result["set"] / "score.json"
+    contract.save(path, result)
+    contract.say(f"{result['set']}: {result['top1']:.2f} % of {result['videos']:,} videos recognised")
 
 
 # --- table and main ---------------------------------------------------------------------------------------
@@ -242,6 +256,12 @@ def table(result):
     return "\n".join(lines)
 
 
+def save_features(args, name, points):
+    """Writes features {class: [n, d]} as one array."""
+    path = args.work_dir / args.dataset / "features" / f"ipc{args.ipc}" / f"{name}.npy"
+    contract.save(path, torch.cat([*points.values()]).float().numpy())
+
+
 def estimate(args):
     seconds, machine = (15, "two CPU cores") if args.dataset == "demo" else (300, "an A100")
     return {"metrics": ("tables", 1, seconds, 1e5, machine)}
@@ -264,21 +284,26 @@ def main(args):
     points = {c: unit_length(features) for c, (features, _) in outputs.items()}
     limits = {c: percentile(nearest(p)) for c, p in points.items()}  # q90 of eq. 13
     limits[""] = percentile(nearest(torch.cat([*points.values()])))
-    measured, num_videos = [], args.ipc * len(args.classes)
+    size = common.NUM_FRAMES * args.spec["side"] ** 2 * 3  # of a real clip, uint8 at network size
+    count, values = sum(map(len, points.values())), [measure(points, limits, outputs, columns)]
+    measured = [row_of("all real clips", "real", count, count * size, values)]
+    save_features(args, "real", points)
+    num_videos = args.ipc * len(args.classes)
     for name, step, place in sets:
         before = step == "samples"  # then draw 0 alone
-        videos, inputs[f"{step} {name}"], size = read_set(args, step, place, "_0.mp4" if before else ".mp4")
+        videos, inputs[f"{step} {name}"], stored = read_set(args, step, place, "_0.mp4" if before else ".mp4")
         found = {c: videomae.run(network, scale, clips) for c, clips in videos.items()}
         count, values = sum(map(len, videos.values())), [measure(points, limits, found, columns)]
-        measured.append(row_of(name + ", before composition" * before, step, count, size, values))
+        measured.append(row_of(name + ", before composition" * before, step, count, stored, values))
+        features = {c: unit_length(of_class) for c, (of_class, _) in found.items()}
+        save_features(args, name + "-samples" * before, features)
     chosen, values = [], []  # of random real clips
     for repeat in range(SELECTIONS):
         rows = {c: select_random(len(real[c][0]), args.ipc, args.seed, repeat, c) for c in real}
         found = {c: tuple(part[rows[c]] for part in outputs[c]) for c in rows}
         values.append(measure(points, limits, found, columns))
         chosen.append({c: [real[c][0][row] for row in rows[c]] for c in rows})
-    size = num_videos * common.NUM_FRAMES * args.spec["side"] ** 2 * 3  # uint8 at network size
-    measured.append(row_of("random real clips", "random", num_videos, size, values))
+    measured.append(row_of("random real clips", "random", num_videos, num_videos * size, values))
     clips, frames = args.work_dir / args.dataset / "01_clips", {"train": [], "test": []}
     for split, label in itertools.product(frames, args.classes):
         frames[split] += [int(row["frames"]) for row in contract.read(clips / split / f"{label}.csv")]

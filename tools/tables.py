@@ -1,18 +1,24 @@
-"""The table of all sets at one IPC, a column of Table 1: the results of stage 05, the paper's beside them.
+"""The results of stage 05 in one list; with an IPC as a table, a column of Table 1, the paper's beside them.
 
-A row of Table 1 without a result is "not run". A result says where it falls short of its protocol and whether
-its set has been made anew since. --results copies the complete ones to a folder that can be committed, as
-<set>.json with _soft for soft labels and _<net> for another network than MiniC3D, and writes their table.
+A row of Table 1 without a result is "not run". A result says where it falls short of its protocol, whether
+its set has been made anew since, and how its set was made otherwise than by default. --results copies the
+complete ones to a folder that can be committed, as <set>.json with _soft for soft labels and _<net> for
+another network than MiniC3D, and writes their table.
 
 Reads:   work/<data set>/05_results/{ipc<K>,full}/<set>/<net>__<labels>__<protocol>/result.json
-         the records of 01_clips and 04_distilled; tools/paper_results.csv, printed or computed from the text
-Writes:  work/<data set>/tables/ipc<K>.md, ipc<K>.csv
-         with --results: FOLDER/<data set>_ipc<K>/{<set>.json,table.md}, FOLDER/metrics_<data set>_ipc<K>.json
-Run:     python tools/tables.py demo 5 --results
+         the records of 01_clips, 04_distilled, 03_unet; mp4_bytes.json of tools/mp4_bytes.py
+         tools/paper_results.csv, printed, computed from the paper's text, or recalled
+Writes:  work/<data set>/tables/results.csv, of which tools/paper_tables.py makes the paper's tables
+         with an IPC instead: ipc<K>.md, ipc<K>.csv
+         --results: FOLDER/<data set>_ipc<K>/{<set>.json,table.md}, FOLDER/metrics_<data set>_ipc<K>.json;
+         without an IPC of every IPC, and all of work/<data set>/tables in FOLDER/<data set>_tables/
+Run:     python tools/tables.py demo
+         python tools/tables.py demo 5 --results
 Cost:    1 s
 Expect:  chance is 1 / classes; in the paper GVD is above random, herding and k-center from IPC 5 on
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -28,11 +34,19 @@ NOTE = """
 Last epoch; mean ± sample standard deviation over n networks. Stored bytes: the .mp4 files of a generated set,
 the uint8 clips at network size of a real one. Top-1 of each network: """
 MEASURED = ("measured.json", "samplers.csv", "finetune.json")  # by demo/experiments.py
+LIST = ("ipc", *CSV[:10], "mp4_bytes", "note", "making")  # columns of results.csv
+DEFAULTS = {  # of each stage; what else a set was made with is listed
+    "02_prototypes": {"cluster": "direct", "distance": "euclidean", "seed": 0},
+    "03_samples": {
+        "sampler": "gvd", "scheduler": "ddim", "steps": 50, "cfg": 9.0, "guidance": 0.1, "stop": 0.5,
+        "guidance_form": "ddim", "decay": "linear", "strength": 0.7, "seed": 0},
+    "04_distilled": {"pattern": "4x4", "frames": "random", "grouping": "random", "seed": 0}}  # fmt: skip
+DEMO_DEFAULTS = {"steps": 25, "cfg": 2.0}
 OF_PAPER = "Paper: as far as its text lets it be computed, the better one of its two GVD rows.\n"
 
 
 def parse_args():
-    parser = contract.arguments(__file__, __doc__, common.DATASETS)
+    parser = contract.arguments(__file__, __doc__, common.DATASETS, ipc="?")
     folder = {"type": Path, "metavar": "FOLDER", "nargs": "?", "const": contract.ROOT / "results"}
     parser.add_argument("--results", **folder, help="copy complete results to FOLDER (results)")
     return contract.parse(parser)
@@ -60,6 +74,24 @@ def note(result):
     found = ["official clips"] * (result.get("hmdb_train") == "official")
     found += [f"short of its protocol: {'; '.join(result['deviations'])}"] * (not result["complete"])
     return "; ".join(found + ["of an older set"] * result.get("older", False))
+
+
+def making(result, dataset, unet):
+    """How the set of a result was made otherwise than by default: ["guidance 0.3", "another U-Net"].
+
+    unet: the hash of the U-Net that stage 03 takes by default, None if it is not known.
+    """
+    made, found = result.get("provenance", {}), []
+    if "04_distilled" not in made and result["set"] not in PLACE:
+        return ["unknown making"]
+    for step, usual in DEFAULTS.items():
+        usual = usual | {
+            key: DEMO_DEFAULTS[key] for key in usual if dataset == "demo" and key in DEMO_DEFAULTS
+        }
+        used = {key: value for key, value in made.get(step, {}).items() if value is not None}
+        found += [f"{key} {used[key]}" for key in usual if used.get(key, usual[key]) != usual[key]]
+        found += ["another U-Net"] * (unet is not None and used.get("unet", unet) != unet)
+    return list(dict.fromkeys(found))
 
 
 def paper_figures(dataset, ipc):
@@ -108,7 +140,7 @@ def markdown(dataset, ipc, results):
 
 def is_older(args, result, record):
     """Whether the set has been made anew since it was trained on; False where the records do not tell."""
-    name, classes, ipc = result["set"], sorted(result["per_class"]), f"ipc{args.ipc}"
+    name, classes, ipc = result["set"], sorted(result["per_class"]), f"ipc{result['ipc']}"
     windows = "windows/" * (result["protocol"]["sampling"] == "drawn")
     clips = [file for c in classes for file in (f"{windows}train/{c}.npy", f"train/{c}.csv")]
     wanted = {"training set": ("01_clips", clips) if name in PLACE else (f"04_distilled/{ipc}/{name}", None)}
@@ -116,7 +148,9 @@ def is_older(args, result, record):
     for part, (folder, names) in wanted.items():
         made = contract.read(args.work_dir / args.dataset / folder / "manifest.json") or {"outputs": {}}
         files = {file: entry["sha256"] for file, entry in made["outputs"].items()}
-        if names is None:  # the first --limit videos of each class
+        if "set.json" in files and part != "coreset":  # of arrays, one of each class
+            names = ["set.json", *(f"{c}.npy" for c in classes)]
+        elif names is None:  # the first --limit videos of each class
             of_class = ([n for n in sorted(files) if n.startswith(f"{c}/")] for c in classes)
             names = [n for videos in of_class for n in videos[: record["parameters"]["limit"]]]
         now = contract.digest({n: files.get(n) for n in names})
@@ -125,21 +159,54 @@ def is_older(args, result, record):
 
 
 def read_results(args):
-    """[(result, its file)] at this IPC and of these classes; a damaged one is an error."""
-    found, base = [], args.work_dir / args.dataset
-    paths = [p for k in (f"ipc{args.ipc}", "full") for p in (base / "05_results" / k).glob("*/*/result.json")]
+    """[(result, its file)] of these classes, at args.ipc and of all clips; at every IPC without one.
+
+    A result gains `ipc` (None: all clips) and `older`. A damaged one is an error.
+    """
+    found, base, groups = [], args.work_dir / args.dataset, ("full", f"ipc{args.ipc or '*'}")
+    paths = [p for group in groups for p in (base / "05_results").glob(f"{group}/*/*/result.json")]
     for path in sorted(path for path in paths if ".old-" not in path.parent.name):
-        fix = contract.command(args, "05_train_eval.py", "--train-on", path.parent.parent.name)
+        group = path.parts[-4]
+        ipc = int(group[3:]) if group != "full" else None
+        here = argparse.Namespace(**vars(args) | {"ipc": ipc})
+        fix = contract.command(here, "05_train_eval.py", "--train-on", path.parent.parent.name)
         try:
             source = contract.Input(args, path.parent.relative_to(base), fix)
         except contract.Missing as error:
             contract.say(f"left out, not finished: {str(error).splitlines()[0]}")
             continue
         source.check(source.outputs)
-        result = contract.read(path)
+        result = contract.read(path) | {"ipc": ipc}
         result["older"] = is_older(args, result, source.record)
         found += [(result, path)] * (sorted(result["per_class"]) == args.classes)
     return found
+
+
+def own_unet(args):
+    """The hash, as stage 03 records it, of the U-Net that it takes by default; None if that is not here."""
+    if args.dataset == "demo":
+        folder = Path(args.model or common.DEMO_MODEL) / "unet"
+        return common.folder_hash(folder) if folder.is_dir() else None
+    record = contract.read(args.work_dir / args.dataset / "03_unet/default/manifest.json") or {"outputs": {}}
+    files = {
+        name: record["outputs"].get(name) for name in ("config.json", "diffusion_pytorch_model.safetensors")
+    }
+    return contract.digest({n: file["sha256"] for n, file in files.items()}) if all(files.values()) else None
+
+
+def mp4_bytes(args, result, path):
+    """Bytes of a set as .mp4 at network size, for each kind of set alike; None where they are not measured.
+
+    Of real clips: of those that each repeat took, their mean.
+    """
+    measured = contract.read(args.work_dir / args.dataset / "mp4_bytes.json")
+    if measured is None or result["set"] not in PLACE:
+        return measured and measured["sets"].get(f"ipc{result['ipc']}/{result['set']}")
+    real = measured["real"]
+    if result["ipc"] is None:
+        return sum(size for of_class in real.values() for size in of_class.values())
+    clips = [contract.read(file)["clips"] for file in sorted(path.parent.glob("repeat_*.json"))]
+    return sum(real[c][name] for chosen in clips for c in chosen for name in chosen[c]) / len(clips)
 
 
 def collect(args, found):
@@ -169,13 +236,32 @@ def estimate(args):
     return {"tables": ("tables", 1, 1, 1e4, "one CPU core")}
 
 
+def list_results(args, folder, found):
+    """Writes results.csv; with --results copies the results of every IPC and the folder of tables."""
+    unet, lines = own_unet(args), []
+    for result, path in found:
+        (row,) = (row for row in rows_of([result], {}) if "top1" in row)
+        row |= {"ipc": result["ipc"], "mp4_bytes": mp4_bytes(args, result, path)}
+        row["making"] = "; ".join(making(result, args.dataset, unet))
+        lines.append([row.get(name) for name in LIST])
+    contract.save(folder / "results.csv", [LIST, *lines])
+    contract.say(f"{folder / 'results.csv'}: {len(lines)} results")
+    for ipc in sorted({result["ipc"] for result, _ in found} - {None}) if args.results else ():
+        here = argparse.Namespace(**vars(args) | {"ipc": ipc})
+        collect(here, [pair for pair in found if pair[0]["ipc"] in (ipc, None)])
+    for path in sorted(folder.glob("*.*")) if args.results else ():
+        contract.save(args.results / f"{args.dataset}_tables" / path.name, path.read_bytes())
+
+
 def main(args):
     if args.dry_run:
         return contract.say(f"tables {contract.plan(args.estimate['tables'])}")
     folder, found = args.work_dir / args.dataset / "tables", read_results(args)
     if not found:
-        what = f"{folder.with_name('05_results')}: no result at IPC {args.ipc}"
-        raise contract.ContractError(what, fix=f"bash run_all.sh {args.dataset} {args.ipc}")
+        what = f"{folder.with_name('05_results')}: no result" + f" at IPC {args.ipc}" * bool(args.ipc)
+        raise contract.ContractError(what, fix=f"bash run_all.sh {args.dataset} {args.ipc or 'all'}")
+    if args.ipc is None:
+        return list_results(args, folder, found)
     results = [result for result, _ in found]
     text = markdown(args.dataset, args.ipc, results)
     rows = rows_of(results, paper_figures(args.dataset, args.ipc))

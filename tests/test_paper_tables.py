@@ -1,0 +1,157 @@
+"""The paper's tables from results, and the claims: cells by hand, marks, what is not run."""
+
+import contract
+
+import argparse
+import statistics
+import sys
+
+import pytest
+from conftest import REPO, load
+
+import common
+
+tables, paper_tables, claims = (load(f"tools/{name}.py") for name in ("tables", "paper_tables", "claims"))
+LIST = dict.fromkeys(tables.LIST, "")
+
+
+def cells(folder, name):
+    """{(row, column): line} of a table's CSV."""
+    return {(line["row"], line["column"]): line for line in contract.read(folder / f"{name}.csv")}
+
+
+def write_list(folder, *results):
+    """results.csv of a work folder from dictionaries of what is not usual."""
+    usual = {"net": "minic3d", "labels": "hard", "protocol": "gvd", "std": 1.0, "n": 3, "bytes": 100}
+    rows = [[(LIST | usual | result)[name] for name in tables.LIST] for result in results]
+    contract.save(folder / "tables/results.csv", [tables.LIST, *rows])
+
+
+def make(place, *scripts):
+    for script in scripts or ("tools/tables.py", "tools/paper_tables.py", "tools/claims.py"):
+        code, text = place.run(script)
+        assert code == 0, text
+    return place.work / place.dataset / "tables"
+
+
+def test_tables_of_the_chain(place):
+    folder = make(place)
+    result = contract.read(place.work / "demo/05_results/ipc2/gvd/minic3d__hard__demo/result.json")
+    cell = cells(folder, "table1")["gvd", "demo IPC 2"]
+    values = [result["top1"][key] for key in ("mean", "std", "n")]
+    assert [float(cell[key]) for key in ("value", "std", "n")] == values and cell["protocol"] == "demo"
+    assert "short of its protocol" in cell["note"] and "4 of 864" not in cell["note"]
+    text = (folder / "table1.md").read_text("utf-8")
+    assert f"{values[0]:.1f} ± {values[1]:.1f} (2), demo **[1]**" in text and "\n[1] short of its" in text
+    assert cells(folder, "table1")["knoise", "demo IPC 2"]["note"] == "no such set"
+    assert cells(folder, "table1")["random", "demo IPC 2"]["note"] == "not trained on it"
+    assert "| dm | not run: no such set |" in text
+    assert all((folder / f"{name}.md").read_text("utf-8").strip() for name in paper_tables.DIGITS)
+    assert float(cells(folder, "efficiency")["seconds per video", "IPC 2"]["value"]) < 60
+    text = (folder / "claims.md").read_text("utf-8")
+    assert "| fig7a: GVD above naive, IPC 2 | - | - | not run: no such set |" in text
+
+
+def test_marks_of_how_a_set_was_made(place):
+    """The row's own difference is none; another is marked, until what it says is true."""
+    assert place.run("03", "--guidance", 0.3)[0] == place.run("04")[0] == place.run("05")[0] == 0
+    assert place.run("04", "--pattern", "1x16")[0] == place.run("05", "--train-on", "gvd-1x16")[0] == 0
+    assert place.run("03", "--decay", "none", "--seed", 1, "--name", "gvd-no-decay")[0] == 0
+    assert place.run("04", "--samples", "gvd-no-decay")[0] == 0
+    assert place.run("05", "--train-on", "gvd-no-decay")[0] == 0
+    folder = make(place)
+    found = {row["set"]: row["making"] for row in contract.read(folder / "results.csv")}
+    other = "steps 2; guidance 0.3; another U-Net".split("; ")
+    assert found["gvd"].split("; ")[:2] == other[:2]
+    assert found["gvd-1x16"].split("; ")[:3] == ["steps 2", "guidance 0.3", "pattern 1x16"]
+    cell = cells(folder, "fig7c")["gvd without composition", "IPC 2"]
+    assert "guidance 0.3" in cell["note"] and "pattern" not in cell["note"]
+    note = cells(folder, "fig7b")["gvd without decay", "IPC 2"]["note"]
+    assert "decay" not in note and "seed 1" in note
+
+
+def test_older_sets_are_marked(place):
+    assert place.run("05", "--train-on", "full", "--save", "--repeats", 1)[0] == 0
+    assert place.run("tools/metrics.py", 2, "--score")[0] == 0
+    args = argparse.Namespace(work_dir=place.work, dataset="demo", classes=place.classes.split(","))
+    notes = [paper_tables.Results(args, "demo").score(2, name)["note"] for name in ("gvd", "gvd-samples")]
+    assert all(text.startswith("network short of its protocol: epochs 2, not 60; ") for text in notes)
+    found = paper_tables.Results(args, "demo").score(2, "gvd-samples", {"guidance": 0.3, "stop": 0.5})
+    assert found["note"].endswith("guidance 0.1") and found["n"] == 4
+    assert place.run("04", "--grouping", "in-order", "--name", "gvd")[0] == 0  # made anew
+    assert paper_tables.Results(args, "demo").score(2, "gvd")["note"].endswith("; of an older set")
+    folder = make(place)
+    assert "of an older set" in cells(folder, "table1")["gvd", "demo IPC 2"]["note"]
+
+
+def test_both_real_data_sets_and_the_paper(tmp_path, empty):
+    """Invented results, joined, beside the paper's; another protocol only where the own is missing."""
+    place = empty._replace(
+        work=tmp_path, dataset="hmdb51", classes=",".join(common.DATASETS["hmdb51"]["classes"])
+    )
+    gvd = {"ipc": 20, "set": "gvd", "top1": 20.0}
+    rows = [gvd, gvd | {"protocol": "dancing", "top1": 50.0}, gvd | {"set": "random", "top1": 15.0}]
+    rows += [
+        gvd | {"set": "herding", "protocol": "dancing", "top1": 9.0},
+        gvd | {"set": "full", "ipc": "", "top1": 40},
+    ]
+    write_list(tmp_path / "hmdb51", *rows, gvd | {"labels": "soft", "top1": 22.0, "note": "short of it"})
+    write_list(tmp_path / "miniucf", gvd | {"ipc": 5, "top1": 30.0})
+    folder = make(place, "tools/paper_tables.py", "tools/claims.py")
+    text = (folder / "table1.md").read_text("utf-8")
+    lines = {line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in text.splitlines() if line[:1] == "|"}
+    columns = [f"{name} IPC {k}" for name in ("hmdb51", "miniucf") for k in (1, 5, 10, 20)]
+    assert " | ".join(lines["Table 1: top-1 %"]) == " | ".join(columns) + " |"
+    assert lines["gvd"][3] == "20.0 ± 1.0 (3), gvd" and lines["gvd"][5] == "30.0 ± 1.0 (3), gvd"
+    assert lines["herding"][3] == "9.0 ± 1.0 (3), dancing"
+    assert lines["gvd, soft labels"][3] == "22.0 ± 1.0 (3), gvd **[1]**; paper 21.1 (computed)"
+    assert lines["prism"][4].endswith("; paper 17.9 ± 0.3")
+    assert float(cells(folder, "table1_relative")["gvd", "hmdb51 IPC 20"]["value"]) == 50
+    verdicts = {row["claim"]: row for row in contract.read(folder / "claims.csv")}
+    row = verdicts["table1: best of ours and before, gvd, soft labels above random, IPC 20"]
+    assert (row["paper"], row["ours"]) == ("7.9", "+7.0 ± 0.8")
+    assert row["verdict"] == "shown, of marked results"
+    row = verdicts["accuracy relative to full, %, hmdb51 IPC 20"]
+    assert (row["paper"], row["ours"], row["verdict"]) == ("73.83", "55.00 ± 1.44", "not shown")
+
+
+def test_verdicts():
+    assert claims.judge((10, 1, ""), (7.1, 1, "")) == ("+2.9 ± 1.4", "shown")
+    assert claims.judge((10, 1, ""), (7.3, 1, "")) == ("+2.7 ± 1.4", "not shown")
+    assert claims.judge((1, 0, ""), (2, 0, "")) == ("-1.0 ± 0.0", "not shown")
+    assert claims.judge((0.5, None, ""), (0.25, 0.1, "")) == ("+0.25", "higher, no spread")
+    assert claims.judge("no such set", (1, 1, "")) == ("-", "not run: no such set")
+    assert (
+        claims.equal(807013, "807013") == ("807,013", "shown")
+        and claims.equal(1.984, "1.98", 2)[1] == "shown"
+    )
+    assert claims.equal(None, "5")[1] == "not run" and claims.equal(3, "5 miniucf")[1] == "another data set"
+
+
+def test_shares_have_a_binomial_error(tmp_path):
+    line = ("gvd", "score", 80, None, 100, None, "", None, None, None)
+    contract.save(tmp_path / "fig7d.csv", [("row", "column", *paper_tables.CELL), line])
+    assert claims.read_tables(tmp_path)["fig7d"]["gvd", "score"] == (80, 4, "")
+
+
+@pytest.mark.parametrize("dataset", ["demo", "hmdb51"])
+def test_defaults_are_those_of_the_stages(monkeypatch, dataset):
+    for stage, usual in tables.DEFAULTS.items():
+        usual = usual | (tables.DEMO_DEFAULTS if (stage, dataset) == ("03_samples", "demo") else {})
+        monkeypatch.setattr(sys, "argv", [stage, dataset, "5"])
+        found = vars(load(stage[:2]).parse_args())
+        assert usual == {name: found[name] for name in usual}
+
+
+def test_figures_of_the_paper_belong_to_a_cell():
+    """Every line of the list names a row of a table, a claim, or a figure whose setting is lost."""
+    lines = contract.read(REPO / "tools/paper_results.csv")
+    assert len({(line["table"], line["row"], line["column"]) for line in lines}) == len(lines)
+    text = "".join(
+        (REPO / f"tools/{name}.py").read_text("utf-8") for name in ("paper_tables", "claims", "tables")
+    )
+    for line in lines:
+        assert float(line["value"]) > 0 and line["mark"] and line["section"]
+        name = line["row"] if line["row"] not in ("dm", "dm+d", "lambda 0.01") else "gvd"
+        assert f'"{name}"' in text, name
+    assert statistics.fmean(float(line["value"]) for line in lines if line["table"] == "4") > 29
