@@ -146,11 +146,13 @@ def find_videos(args, folder):
 
 def lineage(args, source):
     """{"04_distilled": record, "03_samples": ...} of a set and the folders at this IPC it was made from."""
-    found = {source.folder.parts[-3]: source.record}  # a source has files among the inputs of the one before
+    found = {source.folder.parts[-3]: source.record}  # a source has all files that the next one read
     paths = (args.work_dir / args.dataset).glob(f"0[23]_*/ipc{args.ipc}/*/manifest.json")
-    for path in sorted(paths, reverse=True):  # 03 before 02
-        made, inputs = contract.read(path), {*[*found.values()][-1]["inputs"].values()}
-        if not inputs.isdisjoint(file["sha256"] for file in made["outputs"].values()):
+    for path in sorted(paths, key=lambda path: (-int(path.parts[-4][:2]), path.parts)):  # 03 before 02
+        made, inputs = contract.read(path), [*found.values()][-1]["inputs"].items()
+        files = {(name, value) for name, value in inputs if name.endswith((".mp4", ".npy"))}
+        known = {(name, file["sha256"]) for name, file in made["outputs"].items()}
+        if path.parts[-4] not in found and files and files <= known:
             found[path.parts[-4]] = made
     return found
 

@@ -345,7 +345,7 @@ def write_take_over(args, first):
     for label in output.mine(args.classes, names.get):
         videos = bring_back(model, clips[CLASSES.index(label) :: len(CLASSES)], label, first, CFG, STEPS)
         for name, video in zip(names[label], videos, strict=True):
-            common.write_mp4(output.folder / name, video, FPS)
+            media.write_mp4(output.folder / name, video, FPS)
     output.finish()
 
 

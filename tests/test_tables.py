@@ -264,12 +264,12 @@ def test_bytes_by_one_measure(place, tmp_path):
     contract.save(arrays / "manifest.json", record | {"outputs": outputs})
     assert place.run("tools/mp4_bytes.py")[0] == place.run("tools/tables.py")[0] == 0
     sizes, spec = contract.read(place.work / "demo/mp4_bytes.json"), common.DATASETS["demo"]
-    common.write_mp4(tmp_path / "a.mp4", clip)
+    media.write_mp4(tmp_path / "a.mp4", clip)
     name = contract.read(place.work / "demo/01_clips/train/Walk.csv")[3]["name"]
     assert sizes["real"]["Walk"][name] == (tmp_path / "a.mp4").stat().st_size
     total = 0
     for path in place.work.glob("demo/04_distilled/ipc2/gvd/*/*.mp4"):
-        common.write_mp4(tmp_path / "a.mp4", common.network_clip(common.read_video(path), spec))
+        media.write_mp4(tmp_path / "a.mp4", media.network_clip(media.read_video(path), spec))
         total += (tmp_path / "a.mp4").stat().st_size
     assert sizes["sets"] == {"ipc2/gvd": total, "ipc2/dm": 4 * sizes["real"]["Walk"][name]}
     rows = {row["set"]: row for row in contract.read(place.work / "demo/tables/results.csv")}

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import contract  # noqa: E402  isort: skip
 import numpy as np  # noqa: E402
 
-import common  # noqa: E402
+import media  # noqa: E402
 
 LEFT_OUT = ("log.txt", "manifest.json")
 KINDS = {"code": "code", "parameter": "parameters", "library": "versions"}  # of reasons: part of a record
@@ -89,7 +89,7 @@ def compare(a, b):
     """{measure: value} of two files that differ, by their kind."""
     try:
         if a.suffix == ".mp4":
-            x, y = (common.read_video(path) for path in (a, b))
+            x, y = (media.read_video(path) for path in (a, b))
         elif a.suffix == ".npy":
             x, y = contract.read(a), contract.read(b)
         elif a.suffix == ".csv":
@@ -99,7 +99,7 @@ def compare(a, b):
             x, y = (np.array(top1(contract.read(path)) or []) for path in (a, b))
         else:
             return {}
-    except (contract.ContractError, common.BadVideo):
+    except (contract.ContractError, media.BadVideo):
         return {"unreadable": 1}
     if x.shape != y.shape:
         return {"other shape": 1}

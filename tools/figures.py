@@ -25,6 +25,7 @@ import contract  # noqa: E402  isort: skip
 import numpy as np  # noqa: E402
 
 import common  # noqa: E402
+import media  # noqa: E402
 
 BARS = ("fig7a", "fig7b", "fig7c", "fig7d", "fig8", "fig9", "fig10", "efficiency")
 METHODS = ("naive", "knoise", "gvd")
@@ -178,7 +179,7 @@ def video(args, folder, file):
     fix = "bash run_all.sh " + args.dataset + " all"
     source = contract.Input(args, folder, fix)
     source.check([file])
-    return common.read_video(source.folder / file)
+    return media.read_video(source.folder / file)
 
 
 def draw_methods(args):

@@ -25,6 +25,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import common  # noqa: E402
+import media  # noqa: E402
 
 SECONDS = {"demo": 0.2}  # per prototype, on two CPU cores; any other data set on an A100, by estimate:
 SECONDS_FULL = 2
@@ -140,8 +141,8 @@ def decode_prototypes(args):
         latents, real = prototypes.load(f"{label}.npy"), clips.load(f"train/{label}.npy")
         for k, name in enumerate(nearest[label]):
             z = torch.from_numpy(np.array(latents[k])).to(output.device)
-            common.write_mp4(output.folder / f"prototype/{label}/{k}.mp4", common.decode(vae, z), RATE)
-            common.write_mp4(output.folder / f"real/{label}/{k}.mp4", real[names.index(name), 0], RATE)
+            media.write_mp4(output.folder / f"prototype/{label}/{k}.mp4", common.decode(vae, z), RATE)
+            media.write_mp4(output.folder / f"real/{label}/{k}.mp4", real[names.index(name), 0], RATE)
     output.finish()
     return nearest
 

@@ -20,6 +20,7 @@ import numpy as np  # noqa: E402
 import videomae  # noqa: E402
 
 import common  # noqa: E402
+import media  # noqa: E402
 
 SECONDS = {"demo": 0.006}  # per clip, on one CPU core; any other data set, by estimate:
 SECONDS_FULL = 0.05
@@ -34,7 +35,7 @@ def encoded(clips):
     with tempfile.TemporaryDirectory() as folder:
         path, sizes = Path(folder) / "clip.mp4", []
         for clip in clips:
-            common.write_mp4(path, clip)
+            media.write_mp4(path, clip)
             sizes.append(path.stat().st_size)
     return sizes
 
@@ -62,7 +63,7 @@ def main(args):
             clips = (values.astype(np.uint8) for values in grey)
         else:
             videos, _, _ = videomae.find_videos(args, path.parent.absolute(), source.fix)
-            clips = (common.network_clips(path.parent, files, args.spec) for files in videos.values())
+            clips = (media.network_clips(path.parent, files, args.spec) for files in videos.values())
         found["sets"]["/".join(path.parts[-3:-1])] = sum(sum(encoded(of_class)) for of_class in clips)
     contract.save(base / "mp4_bytes.json", found)
     contract.say(base / "mp4_bytes.json")
