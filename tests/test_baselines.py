@@ -199,6 +199,33 @@ def test_dm_of_features_that_average_to_the_real_mean_is_zero():
     assert dm.class_loss(linear, weights, real_clips, pair + 0.1).item() > 0.1
 
 
+def test_dm_of_no_steps_is_random_on_the_same_clips_to_the_last_digit(world):
+    run(world, "baselines/dm.py", 2, "--set", "steps=0")
+    clips, set_folder = real(world), folder(world, "dm")
+    run(world, "05", "--train-on", "random", "--repeats", 1)
+    run(world, "05", "--train-on", "dm", "--repeats", 1)
+    (ours, own), (theirs, other) = result(world, "dm"), result(world, "random")
+    for label in CLASSES:
+        names, array = clips[label]
+        stored = contract.read(set_folder / f"{label}.npy")
+        assert stored.dtype == np.float16 and stored.shape == (2, 1, 16, 48, 48, 3)
+        chosen = [array[names.index(name)] for name in other["clips"][label]]
+        assert np.array_equal(stored[:, 0], np.stack(chosen))
+    assert {**own, "clips": 0} == {**other, "clips": 0} and own["loss"] == other["loss"]
+    assert ours["top1"]["values"] == theirs["top1"]["values"] and ours["deviations"] == theirs["deviations"]
+    about = contract.read(set_folder / "set.json")
+    assert about == {
+        "method": "dm",
+        "variants": 1,
+        "bytes": 4 * 4 * 3 * 16 * 48**2,
+        "lr": None,
+        "labels": False,
+    }
+    assert ours["bytes"] == about["bytes"] and theirs["bytes"] * 4 == ours["bytes"]
+    preview = common.read_video(set_folder / "preview/Walk.mp4")
+    assert preview.shape == (16, 48, 96, 3)
+
+
 def test_dm_steps_are_sgd_on_fresh_networks_and_other_batches(world):
     """One step by hand: the network, the batch, the rate; and the loss over more steps falls."""
     run(world, "baselines/dm.py", 2, "--set", "steps=1", "real=3", "lr=500", "--name", "one")
@@ -260,3 +287,93 @@ def killed_and_whole(place, monkeypatch, script, *words):
 def test_dm_killed_and_taken_up_again_leaves_the_same_bytes(world, monkeypatch):
     ours, theirs = killed_and_whole(world, monkeypatch, "baselines/dm.py", 2, "--set", "steps=6", "real=2")
     assert ours == theirs
+
+
+# --- stage 05 on such a set -------------------------------------------------------------------------------
+
+
+def replace(place, name, file, value):
+    """Another content of a file of a set, with a record that fits."""
+    record = contract.read(folder(place, name) / "manifest.json")
+    contract.save(folder(place, name) / file, value)
+    record["outputs"][file] = {"bytes": 1, "sha256": contract.sha256(folder(place, name) / file)}
+    contract.save(folder(place, name) / "manifest.json", record)
+
+
+def test_05_refuses_what_is_no_set_of_a_baseline(world):
+    run(world, "baselines/dm.py", 2, "--set", "steps=0")
+    good = np.array(contract.read(folder(world, "dm") / "Walk.npy"))
+    holed = good.copy()
+    holed[1, 0, 3, 2, 1, 0] = np.nan
+    for array, message in (
+        (good.astype(np.float32), "expected: float16 [None, 1, 16, 48, 48, 3]"),
+        (good[:, :, :, :46, :46], "found:    float16 [2, 1, 16, 46, 46, 3]"),
+        (np.repeat(good, 2, 1), "found:    float16 [2, 2, 16, 48, 48, 3]"),
+        (holed, "Walk.npy: a value is not finite"),
+    ):
+        replace(world, "dm", "Walk.npy", array)
+        assert message in refused(world, "05", "--train-on", "dm")
+    replace(world, "dm", "Walk.npy", good)
+    run(world, "05", "--train-on", "dm", "--repeats", 1)
+    assert "labels.npy is missing" in refused(world, "05", "--train-on", "dm", "--labels", "stored")
+    (folder(world, "dm") / "Walk.npy").unlink()
+    text = refused(world, "05", "--train-on", "dm")
+    assert "Walk.npy is damaged" in text and "python baselines/dm.py demo 2" in text
+
+
+def test_05_draws_a_variant_per_clip_and_epoch(monkeypatch, tmp_path):
+    class Seen(nn.Module):
+        def __init__(self, num_classes):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(num_classes))
+
+        def forward(self, clips):
+            seen.append((clips[:, 0].mean((1, 2, 3)) * 0.229 + 0.485) * 255)
+            return clips.mean((1, 2, 3, 4))[:, None] * self.weight
+
+    seen, epochs = [], 300
+    monkeypatch.setattr(common, "MiniC3D", Seen)
+    levels = torch.arange(8).half().view(2, 4, 1, 1, 1, 1).expand(2, 4, 16, 4, 4, 3)  # clip i: 4 i .. 4 i + 3
+    protocol = stage.PROTOCOLS["demo"] | {"epochs": epochs, "min_steps": 0, "flip": 0.0}
+    args = Namespace(net="minic3d", seed=0, classes=CLASSES, protocol=protocol, alpha=None)
+    labels = torch.arange(2)
+    stage.train(levels, labels, None, args, 0, torch.float32, tmp_path / "1.pt")
+    shown = torch.stack(seen).sort(1).values.round().long()  # [epochs, 2]
+    assert (shown // 4 == torch.tensor([0, 1])).all()
+    pairs = (4 * (shown[:, 0] % 4) + shown[:, 1] % 4).bincount(minlength=16)
+    assert pairs.min() > 0 and pairs.sum() == epochs  # of both clips, each for itself
+    seen.clear()
+    stage.train(levels, labels, None, args, 0, torch.float32, tmp_path / "2.pt")
+    assert torch.equal(torch.stack(seen).sort(1).values.round().long(), shown)
+
+
+def test_stored_labels_and_rate_are_marked(world):
+    run(world, "baselines/dm.py", 2, "--set", "steps=0")
+    about = contract.read(folder(world, "dm") / "set.json")
+    run(world, "05", "--train-on", "dm", "--repeats", 1)
+    replace(world, "dm", "set.json", about | {"lr": 0.02})
+    run(world, "05", "--train-on", "dm", "--repeats", 1, "--labels", "stored")
+    plain, learnt = (result(world, "dm", labels)[0] for labels in ("hard", "stored"))
+    assert plain["protocol"]["lr"] == 0.005 and learnt["protocol"]["lr"] == 0.02
+    assert {*learnt["deviations"]} - {*plain["deviations"]} == {
+        "lr 0.02, not 0.005",
+        "labels or lr that are stored with the set",
+    }
+
+
+def test_stored_labels_are_learnt_by_squared_error(monkeypatch, tmp_path):
+    class Constant(nn.Module):
+        def __init__(self, num_classes):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(num_classes))
+
+        def forward(self, clips):
+            return self.weight.expand(len(clips), -1)
+
+    monkeypatch.setattr(common, "MiniC3D", Constant)
+    stored, clips = torch.tensor([[0.5, -0.5], [-0.3, 0.7]]), torch.zeros(2, 16, 4, 4, 3).byte()
+    protocol = stage.PROTOCOLS["demo"] | {"epochs": 1, "min_steps": 0, "lr": 0.1}
+    args = Namespace(net="minic3d", seed=0, classes=CLASSES, protocol=protocol, alpha=None)
+    net, loss = stage.train(clips, torch.arange(2), stored, args, 0, torch.float32, tmp_path / "1.pt")
+    assert loss == pytest.approx(stored.square().sum(1).mean().item())
+    assert torch.allclose(net.weight, 0.1 * 2 * stored.mean(0))  # one step from 0
