@@ -32,17 +32,18 @@ SETTINGS = {
         "demo": {"steps": 200, "real": 16, "lr*ipc": 200.0, "lr_hallucinator": 1e-3},  # (O)
     },
     "mtt": {  # inner: steps of the student, of `batch` clips each; beta: their rate at the start
-        "all": {"steps": 8000, "lr*ipc": 1e5, "lr_beta": 1e-5, "momentum": 0.5, "beta": 0.01}  # (R), (S)
+        "all": {"steps": 8000, "lr*ipc": 1e5, "lr_beta": 1e-5, "beta": 0.01}  # (R), (S)
+        | {"momentum": 0.5, "momentum_beta": 0.5}  # (R)
         | {"inner": 5, "batch": 128},  # (O): those of mtt+d
         1: {"inner": 10, "batch": 256},  # (R)
-        "demo": {"steps": 100, "lr*ipc": 4e3, "lr_beta": 1e-6, "inner": 5, "batch": 16},  # (O)
+        "demo": {"steps": 80, "lr*ipc": 4e3, "lr_beta": 1e-6, "inner": 5, "batch": 16},  # (O)
         ("demo", 1): {"batch": 8},
     },
     "mtt+d": {
         "all": {"steps": 10000, "lr*ipc": 2e3, "lr_hallucinator": 1e-3, "momentum": 0.95}  # (R), (S)
-        | {"lr_beta": 0.0, "beta": 0.01, "inner": 5, "batch": 128},  # (R) at IPC 5
+        | {"lr_beta": 0.0, "beta": 0.01, "momentum_beta": 0.9, "inner": 5, "batch": 128},  # (R) at IPC 5
         1: {"lr": 1e4, "lr_beta": 1e-5, "inner": 10, "batch": 50},  # (R)
-        "demo": {"steps": 100, "lr*ipc": 4e3, "lr_beta": 1e-6, "inner": 5, "batch": 16},  # (O)
+        "demo": {"steps": 80, "lr*ipc": 4e3, "lr_beta": 1e-6, "inner": 5, "batch": 16},  # (O)
         ("demo", 1): {"batch": 8},
     },
     "experts": {  # of MTT, trained by plain SGD; (R) has 50 epochs, of which it reads the first 10
@@ -123,12 +124,17 @@ def machine(args):
     return "two CPU cores" if args.dataset in SECONDS else "an A100"
 
 
+def seconds(args):
+    """Of a training step of MiniC3D on one clip."""
+    return SECONDS.get(args.dataset, SECONDS_A100)
+
+
 def plan(args, clips, copies=1):
     """The estimate of a set. clips: the cost of a step, in training steps of MiniC3D on one clip."""
     count, files = len(args.classes) * args.ipc * copies**2, wanted(args)
     size = 2 * count * common.NUM_FRAMES * args.spec["side"] ** 2 * 3
-    seconds = args.settings["steps"] * clips * SECONDS.get(args.dataset, SECONDS_A100)
-    return {"04_distilled": (f"files of {args.name}", len(files), seconds, size, machine(args))}
+    cost = args.settings["steps"] * clips * seconds(args), size, machine(args)
+    return {"04_distilled": (f"files of {args.name}", len(files), *cost)}
 
 
 # --- real clips -------------------------------------------------------------------------------------------
@@ -171,6 +177,14 @@ def draw(count, size, generator):
 
 
 # --- what is learnt ---------------------------------------------------------------------------------------
+
+
+class Learnt(nn.Module):
+    """A tensor that is learnt beside the clips: labels, a learning rate."""
+
+    def __init__(self, start):
+        super().__init__()
+        self.values = nn.Parameter(start)
 
 
 class Pixels(nn.Module):

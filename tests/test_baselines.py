@@ -10,10 +10,11 @@ import pytest
 import torch
 from conftest import CLASSES, load
 from torch import nn
+from torch.nn import functional as F
 
 import common
 
-dm = load("baselines/dm.py")
+dm, mtt, frepo, static = (load(f"baselines/{name}.py") for name in ("dm", "mtt", "frepo", "static_dc"))
 parts, stage = dm.parts, load("05")
 CPU = torch.device("cpu")
 
@@ -287,6 +288,293 @@ def killed_and_whole(place, monkeypatch, script, *words):
 def test_dm_killed_and_taken_up_again_leaves_the_same_bytes(world, monkeypatch):
     ours, theirs = killed_and_whole(world, monkeypatch, "baselines/dm.py", 2, "--set", "steps=6", "real=2")
     assert ours == theirs
+
+
+# --- Static-DC --------------------------------------------------------------------------------------------
+
+
+def test_distance_of_gradients_by_rows():
+    shapes = [(4, 3, 3, 3), (4,), (2, 8), (5, 2, 1, 2, 2)]
+    a, b = ([normal(*shape, seed=10 * k + i) for i, shape in enumerate(shapes)] for k in (1, 2))
+    expected = 0.0
+    for i in (0, 2, 3):  # not the bias
+        for x, y in zip(
+            a[i].numpy().reshape(len(a[i]), -1), b[i].numpy().reshape(len(b[i]), -1), strict=True
+        ):
+            expected += 1 - x @ y / (np.linalg.norm(x) * np.linalg.norm(y) + 1e-6)
+    assert static.distance(a, b).item() == pytest.approx(expected)
+    assert abs(static.distance(a, a).item()) < 1e-5 and abs(static.distance(a, [7 * x for x in a])) < 1e-5
+    assert static.distance(a, [-x for x in a]).item() == pytest.approx(2 * 11, abs=1e-4)
+
+
+def test_gradient_of_the_distance_against_central_differences():
+    torch.manual_seed(0)
+    net = static.convnet(2, 8, 2).double()
+    net = nn.Sequential(*(nn.Softplus() if isinstance(m, nn.ReLU) else m for m in net))
+    target = static.gradients(net, normal(5, 3, 8, 8, seed=1), torch.zeros(5, dtype=torch.int64))
+    images, labels = normal(2, 3, 8, 8).requires_grad_(), torch.zeros(2, dtype=torch.int64)
+
+    def loss():
+        return static.distance(target, static.gradients(net, images, labels, create_graph=True))
+
+    loss().backward(inputs=[images])
+    check_gradient(lambda: loss().detach(), images, images.grad, places=6)
+
+
+def test_convnet_and_its_training_between_outer_steps():
+    net = static.convnet(5, 112, 4)
+    assert sum(p.numel() for p in net.parameters()) == 3 * 128 * 9 + 3 * 128 * 128 * 9 + 4 * 3 * 128 + 5 * (
+        6272 + 1
+    )
+    torch.manual_seed(0)
+    ours = static.convnet(2, 8, 2)
+    theirs = static.convnet(2, 8, 2)
+    theirs.load_state_dict(ours.state_dict())
+    images, labels = normal(4, 3, 8, 8).float(), torch.tensor([0, 0, 1, 1])
+    static.train_between(ours, images, labels, 3, 0.01, contract.generator(0, "between"))
+    optimiser = torch.optim.SGD(theirs.parameters(), lr=0.01)
+    for _ in range(3):
+        optimiser.zero_grad()
+        F.cross_entropy(theirs(images), labels).backward()
+        optimiser.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_static_dc_makes_still_videos_of_frames_drawn_once(world, monkeypatch):
+    words = ("--set", "steps=6", "outer=2", "inner=1", "real=3")
+    ours, theirs = killed_and_whole(world, monkeypatch, "baselines/static_dc.py", 2, *words)
+    assert ours == theirs
+    for label in CLASSES:
+        clips = contract.read(folder(world, "static_dc") / f"{label}.npy")
+        assert clips.shape == (2, 1, 16, 48, 48, 3) and (clips == clips[:, :, :1]).all()
+    about = contract.read(folder(world, "static_dc") / "set.json")
+    assert about["bytes"] == 12 * 48**2 * 4 and about["variants"] == 1
+    curve = [float(row["loss"]) for row in contract.read(folder(world, "static_dc") / "loss.csv")]
+    assert curve[-1] < curve[0]
+    args, clips = Namespace(seed=0), {label: (names, array) for label, (names, array) in real(world).items()}
+    frames = static.random_frames(args, clips, CPU)
+    for label, (_, array) in clips.items():
+        for i, frame in enumerate(frames[label]):
+            of_clip = common.to_input(torch.from_numpy(np.array(array[i : i + 1])))[0].transpose(0, 1)
+            assert any(torch.equal(frame, x) for x in of_clip)
+
+
+# --- FRePo ------------------------------------------------------------------------------------------------
+
+
+def test_ridge_regression_against_a_float64_solve_and_its_gradient():
+    ft, fs, y = normal(6, 9), normal(4, 9, seed=1), normal(4, 3, seed=2)
+    kernel = fs.numpy() @ fs.numpy().T
+    alpha = np.linalg.inv(kernel + 1e-6 * np.trace(kernel) / 4 * np.eye(4)) @ y.numpy()
+    expected = (ft.numpy() @ fs.numpy().T) @ alpha
+    assert np.allclose(frepo.predict(ft, fs, y).numpy(), expected, rtol=1e-8)
+    assert np.allclose(frepo.predict(ft.float(), fs.float(), y.float()).numpy(), expected, atol=1e-3)
+    fs.requires_grad_()
+    y.requires_grad_()
+    frepo.predict(ft, fs, y).square().sum().backward()
+    for x in (fs, y):
+        check_gradient(lambda: frepo.predict(ft, fs, y).detach().square().sum(), x, x.grad)
+    twice = fs.detach()[[0, 0, 1, 1]].requires_grad_()  # a kernel without an inverse
+    value = frepo.predict(ft, twice, y.detach()[[0, 0, 1, 1]]).square().sum()
+    (gradient,) = torch.autograd.grad(value, twice)
+    assert value.isfinite() and gradient.isfinite().all()
+
+
+def test_first_labels_and_the_margin_that_is_asked_for():
+    labels = frepo.first_labels(4, 3)
+    assert labels.shape == (12, 4) and labels.sum(1).abs().max() < 1e-6
+    assert labels[3].tolist() == pytest.approx([-0.25 / 0.4**0.5, 0.75 / 0.4**0.5] + [-0.25 / 0.4**0.5] * 2)
+    y = torch.tensor([[0.5, 0.4, 0.0, 0.0], [0.9, 0.1, 0.0, 0.2]], requires_grad=True)
+    loss = frepo.margin_loss(y)
+    loss.backward()
+    assert loss.item() == pytest.approx(-(0.1 + 0.25) / 2)
+    assert torch.allclose(y.grad, torch.tensor([[-0.5, 0.5, 0, 0], [0.0, 0, 0, 0]]))
+
+
+def test_pool_renews_a_network_exactly_at_its_age_and_learns_at_its_rate(small):
+    settings = {"pool": 4, "max_age": 6, "lr_pool": 3e-4}
+    pool = frepo.Pool(settings, 2, CPU, 0)
+    assert pool.ages == [0, 1, 3, 4]
+    clips, labels = normal(3, 3, 16, 8, 8).float(), normal(3, 2).float()
+    for step in range(5):
+        before = [p.clone() for p in pool.networks[1].parameters()]
+        assert pool.births[1] == 0 and pool.ages[1] == 1 + step
+        pool.learn(1, clips, labels, step)
+        change = max((a - b).abs().max() for a, b in zip(before, pool.networks[1].parameters(), strict=True))
+        if step == 0:  # Adam's first step is its rate in every weight that has a gradient
+            assert change.item() == pytest.approx(3e-4, rel=1e-2)
+    assert pool.births == [0, 1, 0, 0] and pool.ages == [0, 0, 3, 4]
+    assert not pool.optimisers[1].state_dict()["state"]
+    torch.manual_seed(contract.generator(0, "frepo", "network", 1, 1).initial_seed())
+    fresh = Small(2)
+    for a, b in zip(fresh.parameters(), pool.networks[1].parameters(), strict=True):
+        assert torch.equal(a, b) and not b.requires_grad
+
+
+def test_frepo_learns_clips_and_labels_and_goes_on_after_a_kill(world, monkeypatch):
+    words = ("--set", "steps=6", "real=4", "pool=2", "max_age=3")
+    ours, theirs = killed_and_whole(world, monkeypatch, "baselines/frepo.py", 2, *words)
+    assert ours == theirs
+    labels = [contract.read(folder(world, "frepo") / f"{label}.labels.npy") for label in CLASSES]
+    start = frepo.first_labels(2, 2).numpy()
+    assert (
+        np.concatenate(labels).dtype == np.float32 and 0 < np.abs(np.concatenate(labels) - start).max() < 0.05
+    )
+    assert contract.read(folder(world, "frepo") / "set.json")["bytes"] == 4 * (4 * 3 * 16 * 48**2 + 4 * 2)
+    run(world, "05", "--train-on", "frepo", "--labels", "stored", "--repeats", 1)
+    assert "labels or lr that are stored with the set" in result(world, "frepo", "stored")[0]["deviations"]
+
+
+# --- MTT --------------------------------------------------------------------------------------------------
+
+
+def trajectory(small, inner=3):
+    network, start = small
+    target = start + 0.05 * normal(len(start), seed=4)
+    clips, labels = normal(4, 3, 16, 8, 8).requires_grad_(), torch.tensor([0, 0, 1, 1])
+    rows = [torch.tensor(r) for r in ([0, 2, 3], [1, 3], [0, 1, 2], [2, 3])[:inner]]
+    steps = [(lambda r=r: clips[r], labels[r], 100 + i) for i, r in enumerate(rows)]
+    return network, start, target, clips, steps
+
+
+def unrolled(network, start, target, steps, beta):
+    weights = start.detach().clone().requires_grad_()
+    for make, labels, seed in steps:
+        loss = F.cross_entropy(network.logits(weights, make(), seed), labels)
+        weights = weights - beta * torch.autograd.grad(loss, weights, create_graph=True)[0]
+    return (weights - target).square().sum() / (start.detach() - target).square().sum()
+
+
+def test_adjoint_is_the_gradient_of_the_unrolled_steps_also_in_beta(small):
+    network, start, target, clips, steps = trajectory(small, 4)
+    beta = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    expected = unrolled(network, start, target, steps, beta)
+    of_clips, of_beta = torch.autograd.grad(expected, [clips, beta])
+    loss, found = mtt.match(network, start, target, steps, 0.3)
+    assert loss == pytest.approx(expected.item(), rel=1e-12)
+    assert (clips.grad - of_clips).abs().max() <= 1e-10 * of_clips.abs().max()
+    assert found.item() == pytest.approx(of_beta.item(), rel=1e-9)
+    clips.grad = None
+    assert mtt.match(network, start, target, steps, 0.0)[0] == 1  # a student that does not move
+
+
+def test_adjoint_through_the_hallucinator_on_minic3d():
+    """In float32, as it is used: to 1e-6 of the largest value for the memories, the hallucinator and beta."""
+    network, memories = parts.Network(2, CPU), parts.Memories(normal(4, 3, 48, 48).float(), 2, 0)
+    start, target = network.new(0, "a"), network.new(0, "b")
+    steps, learnt = [], [memories.dynamics, *memories.hallucinator.parameters()]
+    for i, row in enumerate((0, 1)):
+        rows, coins = torch.tensor([row]), torch.tensor([[i, 1 - i]])
+        steps.append((lambda rows=rows, coins=coins: memories(rows, coins), rows, i))
+    beta = torch.tensor(0.5, requires_grad=True)
+    expected = torch.autograd.grad(unrolled(network, start, target, steps, beta), [*learnt, beta])
+    _, of_beta = mtt.match(network, start, target, steps, 0.5)
+    for value, other in zip([*(p.grad for p in learnt), of_beta], expected, strict=True):
+        assert (value - other).abs().max() <= 1e-5 * other.abs().max()
+
+
+def test_a_student_steps_like_sgd_with_the_same_dropout(small):
+    network, start, target, _, steps = trajectory(small, 1)
+    torch.manual_seed(0)
+    net = Small(2).double().train()
+    nn.utils.vector_to_parameters(start.clone(), net.parameters())
+    optimiser = torch.optim.SGD(net.parameters(), lr=0.3)
+    make, labels, seed = steps[0]
+    torch.manual_seed(seed)
+    F.cross_entropy(net(make()), labels).backward()
+    optimiser.step()
+    weights = nn.utils.parameters_to_vector(net.parameters()).detach()
+    expected = (weights - target).square().sum() / (start - target).square().sum()
+    assert mtt.match(network, start, target, steps, 0.3)[0] == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_only_one_inner_step_is_held_in_memory(small):
+    """The most bytes that the graphs hold at once, for more inner steps and more clips per class."""
+
+    def most(inner, clips_of_class):
+        network, start, target, _, _ = trajectory(small, 1)
+        clips, live, peak = normal(2 * clips_of_class, 3, 16, 8, 8).requires_grad_(), [0], [0]
+        steps = [(lambda: clips[:3], torch.tensor([0, 0, 0]), i) for i in range(inner)]
+
+        class Held:
+            def __init__(self, tensor):
+                self.tensor = tensor
+                live[0] += tensor.numel()
+                peak[0] = max(peak[0], live[0])
+
+            def __del__(self):
+                live[0] -= self.tensor.numel()
+
+        with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
+            mtt.match(network, start, target, steps, 0.1)
+        return peak[0]
+
+    assert most(2, 2) == most(6, 2) == most(2, 8)
+
+
+def test_chunks_are_permutations():
+    generator = contract.generator(0, "chunks")
+    found = mtt.chunks(10, 4, 6, generator)
+    assert [len(rows) for rows in found] == [4, 4, 2, 4, 4, 2]
+    first, second = torch.cat(found[:3]), torch.cat(found[3:])
+    assert first.sort().values.tolist() == second.sort().values.tolist() == [*range(10)]
+    assert first.tolist() != second.tolist()
+    assert [rows.tolist() for rows in mtt.chunks(4, 4, 2, generator)] == [[0, 1, 2, 3]] * 2
+
+
+def test_mtt_trains_experts_uses_all_of_them_and_goes_on_after_a_kill(world, monkeypatch):
+    used, match, words = [], mtt.match, ("--set", "steps=6", "experts=2", "expert_epochs=2", "inner=1")
+
+    def watched(network, start, target, *rest):
+        used.append((start.sum().item(), target.sum().item()))
+        return match(network, start, target, *rest)
+
+    monkeypatch.setattr(mtt, "match", watched)
+    ours, theirs = killed_and_whole(world, monkeypatch, "baselines/mtt.py", 1, *words, "expert_lr=0.1")
+    assert ours == theirs
+    experts = [contract.read(world.work / f"demo/05_networks/experts/expert_{i}.npy") for i in range(2)]
+    assert {expert.shape for expert in experts} == {(3, 3_641_216 + 2 * 129)}
+    snapshots = [row for expert in experts for row in expert]
+    for a, b in itertools.combinations(snapshots, 2):
+        assert not np.array_equal(a, b)
+    pairs = {(i, e): [torch.from_numpy(x[k].copy()).sum().item() for k in (e, e + 1)]
+             for i, x in enumerate(experts) for e in range(2)}  # fmt: skip
+    seen = [next(i for (i, e), pair in pairs.items() if pair == list(found)) for found in used[-6:]]
+    assert all(sorted(seen[i : i + 2]) == [0, 1] for i in (0, 2, 4))
+    about = contract.read(folder(world, "mtt", 1) / "set.json")
+    assert about["lr"] >= 0.001 and about["lr"] != 0.01 and about["bytes"] == 4 * 2 * 3 * 16 * 48**2 + 4
+    curve = [float(row["loss"]) for row in contract.read(folder(world, "mtt", 1) / "loss.csv")]
+    assert all(0 < loss < 1.2 for loss in curve)
+
+
+# --- the +D of each ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["dm", "frepo", "mtt"])
+def test_dynamic_memories_are_learnt_and_statics_are_not(world, method):
+    copies = 1 if method == "frepo" else 2
+    text = refused(world, f"baselines/{method}.py", 2, "--dynamic")
+    assert f"python baselines/static_dc.py demo {2 * copies}" in text
+    run(world, "baselines/static_dc.py", 2 * copies, "--set", "steps=1", "real=2")
+    small_run = {
+        "dm": ("real=2",),
+        "frepo": ("real=4", "pool=1"),
+        "mtt": ("inner=1", "experts=1", "expert_epochs=1"),
+    }
+    words = (2, "--dynamic", "--set", "steps=2", *small_run[method])
+    text = run(world, f"baselines/{method}.py", *words)
+    name, variants = f"{method}+d", copies**2
+    about = contract.read(folder(world, name) / "set.json")
+    of_labels, of_beta = 4 * 2 * (method == "frepo"), method == "mtt"
+    memories = 2 * 2 * copies * (3 + 16) * 48**2
+    assert about["variants"] == variants and about["bytes"] == 4 * (memories + 327 + of_labels + of_beta)
+    clips = contract.read(folder(world, name) / "Walk.npy")
+    assert (
+        clips.shape == (2, variants, 16, 48, 48, 3) and len({clip.tobytes() for clip in clips[0]}) == variants
+    )
+    run(world, "05", "--train-on", name, "--repeats", 1)
+    assert result(world, name)[0]["bytes"] == about["bytes"]
 
 
 # --- stage 05 on such a set -------------------------------------------------------------------------------
