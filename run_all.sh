@@ -8,6 +8,7 @@
 #   bash run_all.sh --03 '--guidance 0.3'  another option for one stage; what it does not touch stays as it is
 #
 #   --quick               only the rows GVD and random, with hard labels
+#   --baselines           also DM, MTT, FRePo, Static-DC and the +D of Dancing with Still Images (demo: 75 minutes)
 #   --from N, --to M      only stages N to M (1 to 5)
 #   --0N 'OPTIONS'        for stage N alone, those of 05 for each of its rows (see python 0N_*.py --help)
 #   --finetune 'OPTIONS'  likewise for tools/finetune_unet.py, which makes the U-Net of hmdb51 and miniucf if
@@ -22,12 +23,12 @@
 set -euo pipefail
 fail() { echo "run_all.sh: $*; type: bash run_all.sh --help" >&2; exit 2; }
 
-from=1 to=5 quick=0 dry=0 setup=0 data_root=data windows="" plan="" what=() shared=()
+from=1 to=5 quick=0 baselines=0 dry=0 setup=0 data_root=data windows="" plan="" what=() shared=()
 declare -A options=([01]="" [03]="" [05]="" [soft]="") # of a script, by the first word of its name
 while [ $# -gt 0 ]; do
   case "$1" in
     -h|--help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit ;;
-    --quick) quick=1 ;;
+    --quick|--baselines) declare "${1#--}"=1 ;;
     --dry-run) dry=1 ;;
     --setup-only) setup=1 ;;
     --redo|--keep) shared+=("$1") ;;
@@ -90,6 +91,7 @@ if [ "$quick" = 0 ]; then
   stage 5 05_train_eval.py "$ipc" --train-on kcenter
   [[ "$net" != *--net* ]] || stage 5 05_train_eval.py --train-on full
 fi
+if [ "$baselines" = 1 ]; then . "${root}baselines/rows.sh"; baselines "$ipc"; fi
 if [ "$dry" = 1 ]; then # of lines as "8 of 8 classes left, 0.010 h on one CPU core, 0.002 GB"
   sed -nE 's/.* ([0-9.]+) h on .*, ([0-9.]+) GB.*/\1 \2/p' <<<"$plan" |
     awk '{h += $1; g += $2} END {printf "in all: %.1f h, %.1f GB\n", h, g}'

@@ -29,7 +29,7 @@ SETTINGS = {
     "dm+d": {
         "all": {"steps": 5000, "real": 64, "lr*ipc": 200.0, "lr_hallucinator": 1e-6, "momentum": 0.95},
         1: {"lr": 1e-4, "lr_hallucinator": 1e-5},  # (R), as "all" at IPC 5; the memories hardly move
-        "demo": {"steps": 200, "real": 16, "lr*ipc": 200.0, "lr_hallucinator": 1e-3},  # (O)
+        "demo": {"steps": 200, "real": 16, "lr*ipc": 20.0, "lr_hallucinator": 1e-4},  # (O)
     },
     "mtt": {  # inner: steps of the student, of `batch` clips each; beta: their rate at the start
         "all": {"steps": 8000, "lr*ipc": 1e5, "lr_beta": 1e-5, "beta": 0.01}  # (R), (S)

@@ -103,7 +103,8 @@ def train_between(net, images, labels, epochs, lr, generator):
 
 def estimate(args):
     k, m, s = len(args.classes), args.ipc, args.settings  # a gradient's gradient costs three steps
-    frames = s["outer"] * k * (s["real"] + 3 * m) + (s["outer"] - 1) * s["inner"] * k * m
+    real = min(s["real"], args.limit or args.spec["clips"][0] // len(args.spec["classes"]))
+    frames = s["outer"] * k * (real + 3 * m) + (s["outer"] - 1) * s["inner"] * k * m
     return parts.plan(args, frames * FRAME)
 
 

@@ -3,6 +3,9 @@
 import contract
 
 import itertools
+import os
+import shutil
+import subprocess
 from argparse import Namespace
 
 import numpy as np
@@ -665,3 +668,84 @@ def test_stored_labels_are_learnt_by_squared_error(monkeypatch, tmp_path):
     net, loss = stage.train(clips, torch.arange(2), stored, args, 0, torch.float32, tmp_path / "1.pt")
     assert loss == pytest.approx(stored.square().sum(1).mean().item())
     assert torch.allclose(net.weight, 0.1 * 2 * stored.mean(0))  # one step from 0
+
+
+# --- run_all.sh -------------------------------------------------------------------------------------------
+
+ROWS = """
+-- baselines/dm.py demo 3
+-- 05_train_eval.py demo 3 --train-on dm
+-- baselines/static_dc.py demo 3
+-- 05_train_eval.py demo 3 --train-on static_dc
+-- baselines/static_dc.py demo 6
+-- baselines/dm.py demo 3 --dynamic
+-- 05_train_eval.py demo 3 --train-on dm+d
+-- baselines/frepo.py demo 3
+-- 05_train_eval.py demo 3 --train-on frepo
+-- baselines/frepo.py demo 3 --dynamic
+-- 05_train_eval.py demo 3 --train-on frepo+d
+-- baselines/mtt.py demo 3
+-- 05_train_eval.py demo 3 --train-on mtt
+-- baselines/mtt.py demo 3 --dynamic
+-- 05_train_eval.py demo 3 --train-on mtt+d
+"""
+
+
+def test_rows_of_run_all_and_that_the_scripts_take_them(tmp_path, monkeypatch):
+    """With an interpreter that only writes its words down."""
+    python, listed, repo = tmp_path / ".venv/bin/python", tmp_path / "listed", contract.ROOT
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/bash\n[ "$1" = - ] || printf "%s\\n" "$*" >> "$LISTED"\n')
+    python.chmod(0o755)
+    for name in ("run_all.sh", "setup.sh", "requirements.txt", "baselines"):
+        copy = shutil.copytree if (repo / name).is_dir() else shutil.copy
+        copy(repo / name, tmp_path / name)
+    words = [
+        "bash",
+        tmp_path / "run_all.sh",
+        "demo",
+        "3",
+        "--quick",
+        "--baselines",
+        "--from",
+        "4",
+        "--seed",
+        "2",
+    ]
+    environment = {**os.environ, "LISTED": str(listed)}
+    subprocess.run(words, check=True, env=environment, cwd=tmp_path, capture_output=True)
+    found = [line.replace(f"{tmp_path}/", "") for line in listed.read_text().splitlines()]
+    expected = [line.removeprefix("-- ") + " --seed 2" for line in ROWS.split("\n") if line]
+    start = found.index(expected[0])
+    assert found[start : start + len(expected)] == expected
+    for line in expected:
+        script, *given = line.split()
+        monkeypatch.setattr("sys.argv", [script, *given])
+        args = load(script.split("_")[0] if script[0] == "0" else script).parse_args()
+        assert args.ipc in (3, 6) and args.seed == 2
+
+
+def test_estimates_and_dry_runs(world):
+    for method, hours in (("dm", 0.9), ("frepo", 0.75), ("static_dc", 0.28), ("mtt", 3.5)):
+        module = load(f"baselines/{method}.py")
+        spec = common.DATASETS["miniucf"]
+        values = {"dataset": "miniucf", "ipc": 5, "spec": spec, "classes": spec["classes"], "limit": None}
+        values |= {"method": method, "name": method, "dynamic": False}
+        args = Namespace(**values, settings=parts.find_settings(method, "miniucf", 5))
+        args.settings |= parts.find_settings("experts", "miniucf", 5)
+        item, count, seconds, size, machine = module.estimate(args)["04_distilled"]
+        assert seconds / 3600 == pytest.approx(hours, rel=0.25) and machine == "an A100"
+        assert size == 50 * 5 * 16 * 112 * 112 * 3 * 2 and count == len(parts.wanted(args))
+    text = run(world, "baselines/mtt.py", 2, "--dry-run")
+    lines = text.splitlines()
+    assert len(lines) == 2 and "experts left" in lines[0] and "of mtt left" in lines[1]
+    assert not [*world.work.glob("demo/05_networks/*"), *world.work.glob("demo/04_distilled/ipc2/mtt/*")]
+
+
+def test_misuse(world):
+    for words in (["lr=x"], ["lr"], ["steps=1.5"], ["unknown=1"], ["lr=-1"], ["lr=nan"]):
+        code, text = world.run("baselines/dm.py", 2, "--set", *words)
+        assert code == 2 and words[0].partition("=")[0] in text
+    assert "too few clips" in refused(world, "baselines/dm.py", 9)
+    text = refused(world, "baselines/dm.py", 2, "--set", "steps=30", "lr=1e12")
+    assert "not finite" in text and "a smaller rate" in text
