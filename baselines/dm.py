@@ -10,7 +10,7 @@ Writes:  work/<data set>/04_distilled/ipc<K>/{dm,dm+d}/<class>.npy float16 [K, V
          V = 1, --dynamic 4; set.json, loss.csv, preview/<class>.mp4
 Run:     python baselines/dm.py demo 5
          python baselines/static_dc.py demo 10 ; python baselines/dm.py demo 5 --dynamic
-         for lr in 100 1000 10000; do python baselines/dm.py demo 5 --set lr=$lr --name dm-$lr; done
+         bash baselines/grid.sh dm 5 100 1000 10000      # rates, on validation groups
 Cost:    demo IPC 5, by estimate: 6 min on two CPU cores. miniucf IPC 5: 55 min on an A100
 Expect:  the loss falls; after 0 steps the set is what 05 --train-on random has in repeat 0
 Differs: one window of each real clip, never mirrored; no augmentation, as in the released code. Its tests

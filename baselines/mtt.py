@@ -20,7 +20,7 @@ Writes:  work/<data set>/05_networks/experts/expert_<i>.npy float32 [epochs + 1,
 Run:     python baselines/mtt.py demo 5
          python baselines/static_dc.py demo 10 ; python baselines/mtt.py demo 5 --dynamic
          python 05_train_eval.py demo 5 --train-on mtt [--labels stored]
-Cost:    demo IPC 5, by estimate: 15 min on two CPU cores, the experts 6 min, once. miniucf IPC 5: 3 h on an
+Cost:    demo IPC 5, by estimate: 13 min on two CPU cores, the experts 6 min, once. miniucf IPC 5: 4 h on an
          A100, the experts 12 min and 5 GB
 Expect:  the loss falls below 1, its value of a student that stays where it starts; beta stays above 0.001
 Differs: all experts are used, where the released code reads a third of them, and only their first epochs are
