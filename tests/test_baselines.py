@@ -345,7 +345,7 @@ def test_convnet_and_its_training_between_outer_steps():
 
 
 def test_static_dc_makes_still_videos_of_frames_drawn_once(world, monkeypatch):
-    words = ("--set", "steps=6", "outer=2", "inner=1", "real=3")
+    words = ("--set", "steps=6", "outer=2", "inner=1", "real=3", "real_start=0")
     ours, theirs = killed_and_whole(world, monkeypatch, "baselines/static_dc.py", 2, *words)
     assert ours == theirs
     for label in CLASSES:
@@ -355,12 +355,14 @@ def test_static_dc_makes_still_videos_of_frames_drawn_once(world, monkeypatch):
     assert about["bytes"] == 12 * 48**2 * 4 and about["variants"] == 1
     curve = [float(row["loss"]) for row in contract.read(folder(world, "static_dc") / "loss.csv")]
     assert curve[-1] < curve[0]
-    args, clips = Namespace(seed=0), {label: (names, array) for label, (names, array) in real(world).items()}
-    frames = static.random_frames(args, clips, CPU)
-    for label, (_, array) in clips.items():
-        for i, frame in enumerate(frames[label]):
-            of_clip = common.to_input(torch.from_numpy(np.array(array[i : i + 1])))[0].transpose(0, 1)
-            assert any(torch.equal(frame, x) for x in of_clip)
+    args = Namespace(seed=0, ipc=2, settings={"real_start": 1}, spec={"side": 48})
+    frames = static.random_frames(args, real(world), CPU)
+    for label, (_, array) in real(world).items():
+        for frame, clip in zip(frames[label], np.array(array), strict=True):
+            shown = common.to_input(torch.from_numpy(clip[None]))[0].transpose(0, 1)  # [16, 3, S, S]
+            assert any(torch.equal(frame, x) for x in shown)
+    for i, image in enumerate(static.first_images(args, frames, CPU)):
+        assert any(torch.equal(image, x) for x in frames[CLASSES[i // 2]])
 
 
 # --- FRePo ------------------------------------------------------------------------------------------------
