@@ -36,14 +36,14 @@ SETTINGS = {
         | {"momentum": 0.5, "momentum_beta": 0.5}  # (R)
         | {"inner": 5, "batch": 128},  # (O): those of mtt+d
         1: {"inner": 10, "batch": 256},  # (R)
-        "demo": {"steps": 80, "lr*ipc": 4e3, "beta": 0.05, "inner": 5, "batch": 16},  # (O)
+        "demo": {"steps": 80, "lr*ipc": 4e3, "beta": 0.03, "inner": 5, "batch": 16},  # (O)
         ("demo", 1): {"batch": 8},
     },
     "mtt+d": {
         "all": {"steps": 10000, "lr*ipc": 2e3, "lr_hallucinator": 1e-3, "momentum": 0.95}  # (R), (S)
         | {"lr_beta": 0.0, "beta": 0.01, "momentum_beta": 0.9, "inner": 5, "batch": 128},  # (R) at IPC 5
         1: {"lr": 1e4, "lr_beta": 1e-5, "inner": 10, "batch": 50},  # (R)
-        "demo": {"steps": 80, "lr*ipc": 400.0, "lr_beta": 1e-5, "beta": 0.05, "inner": 5, "batch": 16},  # (O)
+        "demo": {"steps": 80, "lr*ipc": 400.0, "lr_beta": 1e-5, "beta": 0.03, "inner": 5, "batch": 16},  # (O)
         ("demo", 1): {"batch": 8},
     },
     "experts": {  # of MTT, trained by plain SGD; (R) has 50 epochs, of which it reads the first 10
@@ -59,7 +59,7 @@ SETTINGS = {
         "all": {"steps": 3000, "real": 256, "lr": 0.1, "momentum": 0.5, "blocks": 4}  # (R)
         | {"outer": 1, "inner": 1, "lr_net": 0.01, "real_start": 0},  # (I)
         10: {"outer": 10, "inner": 50},  # (I)
-        20: {"outer": 20, "inner": 25},  # (I)
+        20: {"outer": 20, "inner": 25},  # (I); no other numbers of images have loops
         "demo": {"steps": 100, "real": 16, "blocks": 3, "outer": 1, "inner": 1, "real_start": 1},  # (O)
     },
 }

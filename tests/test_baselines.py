@@ -529,7 +529,11 @@ def test_chunks_are_permutations():
 
 
 def test_mtt_trains_experts_uses_all_of_them_and_goes_on_after_a_kill(world, monkeypatch):
-    used, match, words = [], mtt.match, ("--set", "steps=6", "experts=2", "expert_epochs=2", "inner=1")
+    used, match, words = (
+        [],
+        mtt.match,
+        ("--set", "steps=6", "experts=2", "expert_epochs=2", "inner=1", "beta=0.01"),
+    )
 
     def watched(network, start, target, *rest):
         used.append((start.sum().item(), target.sum().item()))
@@ -548,7 +552,7 @@ def test_mtt_trains_experts_uses_all_of_them_and_goes_on_after_a_kill(world, mon
     seen = [next(i for (i, e), pair in pairs.items() if pair == list(found)) for found in used[-6:]]
     assert all(sorted(seen[i : i + 2]) == [0, 1] for i in (0, 2, 4))
     about = contract.read(folder(world, "mtt", 1) / "set.json")
-    assert about["lr"] >= 0.001 and about["lr"] != 0.05 and about["bytes"] == 4 * 2 * 3 * 16 * 48**2 + 4
+    assert about["lr"] >= 0.001 and about["lr"] != 0.01 and about["bytes"] == 4 * 2 * 3 * 16 * 48**2 + 4
     curve = [float(row["loss"]) for row in contract.read(folder(world, "mtt", 1) / "loss.csv")]
     assert all(0 < loss < 1.2 for loss in curve)
 
