@@ -6,7 +6,9 @@ set is a distilled one, as many real clips (random or a coreset), or all. Each r
 
 Reads:   work/<data set>/01_clips/test/ (protocol dancing: of 01 --windows), and the set --train-on: random or
          full, of 01_clips/train/; a name in 05_coresets/ipc<K>/ (tools/coresets.py: herding, kcenter) or in
-         04_distilled/ipc<K>/; any folder of <class>/*.mp4. Soft labels: 05_labels/ (tools/soft_labels.py)
+         04_distilled/ipc<K>/, as <class>/*.mp4 or, of baselines/, <class>.npy float16 [n, V, 16, S, S, 3],
+         of whose V variants of a clip each epoch draws one, and set.json; any folder of <class>/*.mp4. Soft
+         labels: 05_labels/ (tools/soft_labels.py)
 Writes:  work/<data set>/05_results/<ipc<K> or full>/<set>/<net>__<labels>__<protocol>/repeat_<r>.json and
          result.json; with --save 05_networks/minic3d__<protocol>/network.safetensors, of repeat 0, and its
          features/<class>.npy float32 [n, 2048] (48 px: 512) of the training clips in <class>.csv
@@ -64,7 +66,8 @@ def parse_args():
     add = parser.add_argument
     add("--train-on", default="gvd", metavar="SET", help="random, full, herding, kcenter, or see above (gvd)")
     add("--net", choices=NETS, default="minic3d", help="network that is trained (minic3d)")
-    add("--labels", choices=("hard", "soft"), default="hard", help="classes alone, or soft labels too (hard)")
+    kinds = "classes alone; soft labels too; or what a baseline has learnt with its set, labels or lr (hard)"
+    add("--labels", choices=("hard", "soft", "stored"), default="hard", help=kinds)
     add("--alpha", type=float, default=ALPHA, help=f"of soft labels: weight of the teacher, 0 to 1 ({ALPHA})")
     add("--tau", type=float, default=TAU, help=f"of soft labels: temperature ({TAU})")
     add("--name", help="name of the results' folder (the set's)")
@@ -133,8 +136,13 @@ def find_videos(args, folder):
     source, outputs = None, [path.relative_to(folder).as_posix() for path in folder.glob("*/[!.]*.mp4")]
     own = folder.parent == args.work_dir / args.dataset / f"04_distilled/ipc{args.ipc}"
     if own or (folder / "manifest.json").exists():
-        fix = contract.command(args, "04_mvic_compose.py", "--name", folder.name)
+        method, dynamic, _ = folder.name.partition("+")
+        script = f"baselines/{method}.py"
+        script = script if (contract.ROOT / script).exists() else "04_mvic_compose.py"
+        fix = contract.command(args, script, *(["--dynamic"] if dynamic else ["--name", folder.name]))
         source = contract.Input(args, folder.absolute(), fix)
+        if "set.json" in source.outputs:
+            return read_arrays(args, source)
         outputs = [name for name in source.outputs if name.endswith(".mp4")]
     videos = {c: sorted(n for n in outputs if n.startswith(f"{c}/"))[: args.limit] for c in args.classes}
     if empty := [c for c in args.classes if not videos[c]]:
@@ -142,6 +150,19 @@ def find_videos(args, folder):
     names = [name for of_class in videos.values() for name in of_class]
     files = source.check(names) if source else {name: contract.sha256(folder / name) for name in names}
     return {c: (videos[c], None) for c in videos}, files, lineage(args, source) if source else {}
+
+
+def read_arrays(args, source):
+    """As find_videos, of a baseline's set: clips {class: ([name], float16 [n, variants, 16, S, S, 3])}."""
+    files, clips = source.check(["set.json", *(f"{c}.npy" for c in args.classes)]), {}
+    variants, side = source.load("set.json")["variants"], args.spec["side"]
+    for label in args.classes:
+        array = source.load(f"{label}.npy", (None, variants, common.NUM_FRAMES, side, side, 3), "float16")
+        if not np.isfinite(array).all():
+            what = f"{source.folder / label}.npy: a value is not finite"
+            raise contract.ContractError(what, fix=f"{source.fix} --redo")
+        clips[label] = [f"{label}/{i}" for i in range(len(array))][: args.limit], array[: args.limit]
+    return clips, files, lineage(args, source)
 
 
 def lineage(args, source):
@@ -169,15 +190,21 @@ def read_coreset(args, folder, clips):
 
 
 def read_labels(args, kind, folder, inputs):
-    """The teacher's logits {class: float32 [n, classes]} on the training set, their digest and record."""
+    """The teacher's logits {class: float32 [n, classes]} on the training set, their digest and record.
+
+    With --labels stored, the labels that a baseline has learnt with its set.
+    """
     drawn = kind != "videos" and args.protocol["sampling"] == "drawn"
     words = ("--train-on", args.train_on, *["--windows"] * drawn)
     name = f"ipc{args.ipc}/{folder.resolve().name}" if kind == "videos" else "full/real" + "-windows" * drawn
-    source = contract.Input(args, f"05_labels/{name}", contract.command(args, "tools/soft_labels.py", *words))
-    if source.record["inputs"]["videos"] != inputs["training set"]:
+    place, end, fix = f"05_labels/{name}", "npy", contract.command(args, "tools/soft_labels.py", *words)
+    if args.labels == "stored":
+        place, end, fix = folder.absolute(), "labels.npy", "--labels hard"
+    source = contract.Input(args, place, fix)
+    if args.labels == "soft" and source.record["inputs"]["videos"] != inputs["training set"]:
         raise contract.Missing(f"{source.folder} has the logits of other videos", fix=source.fix)
-    files, shape = source.check(f"{c}.npy" for c in args.classes), (None, len(args.classes))
-    logits = {c: source.load(f"{c}.npy", shape, "float32") for c in args.classes}
+    files, shape = source.check(f"{c}.{end}" for c in args.classes), (None, len(args.classes))
+    logits = {c: source.load(f"{c}.{end}", shape, "float32") for c in args.classes}
     return logits, contract.digest(files), source.record
 
 
@@ -255,14 +282,15 @@ def schedule(num_clips, protocol):
 def train(clips, labels, teacher, args, repeat, dtype, checkpoint):
     """Trains a network from scratch (section 4.1). Returns (network, mean loss of the last epoch).
 
-    clips: uint8 [n, 16, S, S, 3]. teacher: logits [n, classes], None for hard labels. What an epoch draws
-    depends on seed, repeat and epoch alone: a run that goes on from `checkpoint` ends with the same weights.
+    clips: [n, 16, S, S, 3] or [n, variants, 16, S, S, 3]. teacher: logits [n, classes] or None. What an epoch
+    draws depends on seed, repeat and epoch alone: going on from `checkpoint` leads to the same weights.
     """
+    clips = clips if clips.ndim == 6 else clips[:, None]
     device, protocol, start, mean_loss = clips.device, args.protocol, 0, None
     (batch_size, epochs), lr, n = schedule(len(clips), protocol), protocol["lr"], len(args.classes)
     torch.manual_seed(contract.generator(args.seed, "05", repeat, "network").initial_seed())
     minic3d = args.net == "minic3d"
-    net = common.MiniC3D(n) if minic3d else Recurrent(n, clips.shape[2], NETS[args.net])
+    net = common.MiniC3D(n) if minic3d else Recurrent(n, clips.shape[4], NETS[args.net])
     net = net.to(device, memory_format=torch.channels_last_3d if minic3d else torch.channels_last)  # fast
     optimiser = torch.optim.SGD(net.parameters(), lr=lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     if checkpoint.exists():
@@ -279,14 +307,17 @@ def train(clips, labels, teacher, args, repeat, dtype, checkpoint):
         torch.manual_seed(generator.initial_seed())  # of dropout
         order = torch.randperm(len(clips), generator=generator).to(device)
         flips = (torch.rand(len(clips), generator=generator) < protocol["flip"]).to(device)
+        variants = torch.randint(clips.shape[1], (len(clips),), generator=generator).to(device)
         net.train()
         losses = []
         for batch in order.split(batch_size):
-            x = network_input(clips[batch], protocol["standardise"], flips[batch])
+            x = network_input(clips[batch, variants[batch]], protocol["standardise"], flips[batch])
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 logits = net(x).float()
             loss = nn.functional.cross_entropy(logits, labels[batch])
-            if teacher is not None:
+            if teacher is not None and args.alpha is None:  # labels that a baseline has learnt
+                loss = (logits - teacher[batch]).square().sum(1).mean()
+            elif teacher is not None:
                 loss = soft_label_loss(logits, labels[batch], teacher[batch], args.alpha, args.tau)
             optimiser.zero_grad()
             loss.backward()
@@ -332,6 +363,7 @@ def find_deviations(args, facts, used):
     own, whole = PROTOCOLS[args.protocol["name"]] | {"alpha": ALPHA, "tau": TAU}, len(args.spec["classes"])
     mine = own | args.protocol | ({"alpha": args.alpha, "tau": args.tau} if args.labels == "soft" else {})
     found = [f"{key} {mine[key]}, not {own[key]}" for key in own if mine[key] != own[key]]
+    found += ["labels or lr that are stored with the set"] * (args.labels == "stored")
     train, test_clips = (3570, 1530) if facts["hmdb_train"] == "official" else args.spec["clips"]
     counts = {"classes": (len(args.classes), whole), "test clips": (facts["test clips"], test_clips)}
     counts["training videos"] = (facts["videos"], train if args.train_on == "full" else args.ipc * whole)
@@ -379,19 +411,22 @@ def main(args):
     drawn, protocol = ["--windows"] * (args.protocol["sampling"] == "drawn"), args.protocol["name"]
     source = contract.Input(args, "01_clips", contract.command(args, "01_encode_latents.py", *drawn))
     (test_clips, test_files), (kind, folder) = real_clips(args, source, "test"), find_set(args)
-    used, chosen, logits, size = {"01_clips": source.record}, None, None, None
+    used, about, chosen, logits, size = {"01_clips": source.record}, {}, None, None, None
     name = args.name or folder.resolve().name
     if kind == "videos":
         if name in ("random", "full", "herding", "kcenter"):
             raise contract.ContractError(f"{name} is the name of a set of real clips", fix="another --name")
         clips, files, made = find_videos(args, folder)
-        used, size = used | made, sum((folder / file).stat().st_size for file in files)
+        used, about = used | made, contract.read(folder / "set.json") or {}  # of a baseline
+        size = about.get("bytes") or sum((folder / file).stat().st_size for file in files)
     else:
         clips, files = real_clips(args, source, "train")
     inputs = {"test clips": contract.digest(test_files), "training set": contract.digest(files)}
     if kind == "coreset":
         chosen, inputs["coreset"], used["05_coresets"] = read_coreset(args, folder, clips)
-    if args.labels == "soft":
+    if args.labels == "stored":
+        args.protocol["lr"] = about.get("lr") or args.protocol["lr"]
+    if args.labels == "soft" or (args.labels == "stored" and not about.get("lr")):
         logits, inputs["soft labels"], used["05_labels"] = read_labels(args, kind, folder, inputs)
     whole, num_test = (sum(len(names) for names, _ in x.values()) for x in (clips, test_clips))
     count = whole if kind in ("full", "videos") else args.ipc * len(clips)
@@ -399,7 +434,7 @@ def main(args):
         "set": name, "videos": count, "training set": inputs["training set"],
         "bytes": size or count * common.NUM_FRAMES * args.spec["side"] ** 2 * 3,  # of real clips in uint8
         "test clips": num_test, "hmdb_train": source.record["parameters"].get("hmdb_train"),
-        "teacher": used["05_labels"]["parameters"]["teacher"] if logits else None,
+        "teacher": used["05_labels"]["parameters"].get("teacher") if logits else None,
         "provenance": {f: r["parameters"] | {"unet": r["inputs"].get("unet")} for f, r in used.items()},
     }  # fmt: skip
     facts["deviations"] = find_deviations(args, facts, used)
@@ -421,7 +456,7 @@ def main(args):
 
     device, dtype = output.device, output.dtype
     contract.say(f"05 {args.net} on {device} in {str(dtype)[6:]}, protocol {protocol}")
-    if kind == "videos":
+    if kind == "videos" and not about:
         for label, (names, _) in contract.bar(clips.items(), desc="05 read"):
             clips[label] = names, media.network_clips(folder, names, args.spec)[:, None]
     windows = range(next(iter(test_clips.values()))[1].shape[1])
@@ -431,7 +466,7 @@ def main(args):
         if file not in output.todo and not keep:
             continue
         chosen = select_random(clips, args.ipc, args.seed, r) if kind == "random" else chosen
-        data = tensors(clips, chosen, device, net=args.net, logits=logits)
+        data = tensors(clips, chosen, device, slice(None) if kind == "videos" else 0, args.net, logits)
         net, loss = train(*data, args, r, dtype, output.folder / f".checkpoint_{r}.pt")
         accuracy = test(net, passes, labels[0], args.classes, dtype, args.protocol["standardise"])
         if keep:

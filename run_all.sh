@@ -9,6 +9,7 @@
 #   bash run_all.sh --03 '--guidance 0.3'  another option for one stage; what it does not touch stays as it is
 #
 #   --quick               only the rows GVD and random, with hard labels
+#   --baselines           also DM, MTT, FRePo, Static-DC and the +D of Dancing with Still Images (demo: 80 minutes)
 #   --from N, --to M      only stages N to M (1 to 5)
 #   --0N 'OPTIONS'        for stage N alone, for each of its calls (see python 0N_*.py --help)
 #   --finetune 'OPTIONS'  likewise for tools/finetune_unet.py, which makes the U-Net of hmdb51 and miniucf if
@@ -23,12 +24,12 @@
 set -euo pipefail
 fail() { echo "run_all.sh: $*; type: bash run_all.sh --help" >&2; exit 2; }
 
-from=1 to=5 quick=0 dry=0 setup=0 data_root=data windows="" plan="" what=() shared=() more=()
+from=1 to=5 quick=0 baselines=0 dry=0 setup=0 data_root=data windows="" plan="" what=() shared=() more=()
 declare -A done=() options=([01]="" [03]="" [05]="" [soft]="") # of a script, by the first word of its name
 while [ $# -gt 0 ]; do
   case "$1" in
     -h|--help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit ;;
-    --quick) quick=1 ;;
+    --quick|--baselines) declare "${1#--}"=1 ;;
     --dry-run) dry=1 ;;
     --setup-only) setup=1 ;;
     --redo|--keep) shared+=("$1") ;;
@@ -94,7 +95,11 @@ column() { # IPC: the rows of Table 1
   [[ "$net" != *--net* ]] || stage 5 05_train_eval.py --train-on full
 }
 
-if [ "$ipc" = all ]; then . "${root:-./}tools/all.sh"; else column "$ipc"; fi
+[ "$baselines" = 0 ] || . "${root:-./}baselines/rows.sh"
+if [ "$ipc" = all ]; then . "${root:-./}tools/all.sh"; else
+  column "$ipc"
+  [ "$baselines" = 0 ] || baselines "$ipc"
+fi
 if [ "$dry" = 1 ]; then "$python" "${root}tools/plan.py" <<<"${plan%$'\n'}"; exit; fi
 if [ "$ipc" != all ]; then
   [ "$dataset" != demo ] || stage 5 demo/contact_sheet.py "$ipc"
