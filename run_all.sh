@@ -2,8 +2,7 @@
 # The whole method on one data set at one IPC, then the table of its sets: a column of Table 1.
 #
 #   bash run_all.sh [DATASET [IPC | all]] [options]  demo, hmdb51, miniucf or ucf101; videos per class (5)
-#   bash run_all.sh                        demo 5 --quick: 13 minutes on two CPU cores, no GPU, no data needed
-#   bash run_all.sh demo 5                 the demo's whole column: 40 minutes, by estimate
+#   bash run_all.sh                        demo 5 --quick: 8 minutes on two CPU cores, no GPU, no data needed
 #   bash run_all.sh hmdb51 20              HMDB51, 20 videos per class: 22 hours on one A100, by estimate
 #   bash run_all.sh demo all               IPC 1, 5, 10 (20), every table and figure, a gallery: tools/all.sh
 #   bash run_all.sh --03 '--guidance 0.3'  another option for one stage; what it does not touch stays as it is
@@ -12,12 +11,10 @@
 #   --baselines           also DM, MTT, FRePo, Static-DC and the +D of Dancing with Still Images (demo: 80 minutes)
 #   --from N, --to M      only stages N to M (1 to 5)
 #   --0N 'OPTIONS'        for stage N alone, for each of its calls (see python 0N_*.py --help)
-#   --finetune 'OPTIONS'  likewise for tools/finetune_unet.py, which makes the U-Net of hmdb51 and miniucf if
-#                         stage 03 is given no other, as --03 '--unet published'
+#   --finetune 'OPTIONS'  likewise for tools/finetune_unet.py (hmdb51, miniucf; not with --03 '--unet ...')
 #   --soft 'OPTIONS'      likewise for tools/soft_labels.py, as --soft '--teacher MODEL'
 #   --dry-run             print what is fresh, stale or left, hours and disk, and run nothing
-#   --setup-only          install what is needed, and stop
-#   -h, --help            this text
+#   --setup-only, --help  install what is needed, or print this text, and stop
 #
 # Every other option goes to every stage: --seed S, --work-dir D, --data-root D, --model M, --device DEV,
 # --classes A,B, --limit N, --threads N, --redo, --keep. A run that was stopped goes on where it was.
@@ -29,16 +26,13 @@ declare -A done=() options=([01]="" [03]="" [05]="" [soft]="") # of a script, by
 while [ $# -gt 0 ]; do
   case "$1" in
     -h|--help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit ;;
-    --quick|--baselines) declare "${1#--}"=1 ;;
-    --dry-run) dry=1 ;;
-    --setup-only) setup=1 ;;
+    --quick|--baselines|--dry-run|--setup-only) words="${1#--}"; declare "${words%%-*}"=1 ;;
     --redo|--keep) shared+=("$1") ;;
     --*=*) set -- - "${1%%=*}" "${1#*=}" "${@:2}" ;; # --option=value is two words
     --*)
       [ $# -ge 2 ] || fail "$1 needs a value"
       case "$1" in
-        --from) from="$2" ;;
-        --to) to="$2" ;;
+        --from|--to) declare "${1#--}"="$2" ;;
         --0[1-5]|--finetune|--soft) options[${1#--}]+=" $2"; xargs -n1 <<<"$2" >/dev/null || fail "$1: $2" ;;
         --data-root) data_root="$2" ;;&
         *) shared+=("$1" "$2") ;;
@@ -79,6 +73,7 @@ column() { # IPC: the rows of Table 1
   stage 4 04_mvic_compose.py "$1"
   stage 5 05_train_eval.py "$1" --train-on gvd
   stage 5 05_train_eval.py "$1" --train-on random
+  [ "$baselines" = 0 ] || baselines "$1"
   [ "$quick" = 0 ] || return 0
   [[ "$dataset" != hmdb51 || "${options[soft]}" = *--teacher* ]] || stage 5 tools/train_teacher.py
   stage 5 tools/soft_labels.py "$1" --train-on gvd
@@ -96,10 +91,7 @@ column() { # IPC: the rows of Table 1
 }
 
 [ "$baselines" = 0 ] || . "${root:-./}baselines/rows.sh"
-if [ "$ipc" = all ]; then . "${root:-./}tools/all.sh"; else
-  column "$ipc"
-  [ "$baselines" = 0 ] || baselines "$ipc"
-fi
+if [ "$ipc" = all ]; then . "${root:-./}tools/all.sh"; else column "$ipc"; fi
 if [ "$dry" = 1 ]; then "$python" "${root}tools/plan.py" <<<"${plan%$'\n'}"; exit; fi
 if [ "$ipc" != all ]; then
   [ "$dataset" != demo ] || stage 5 demo/contact_sheet.py "$ipc"

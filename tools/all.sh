@@ -15,7 +15,6 @@ for k in "${ipcs[@]}"; do
   more=() latents=()
   [ "$k" != 5 ] || more=(--draws 8 --save-latents) latents=(--save-latents) # for Table 4, Fig. 5
   column "$k"
-  [ "$baselines" = 0 ] || baselines "$k"
   generated "$k" naive --sampler naive "${latents[@]}"
   stage 2 02_kmeans_prototypes.py "$k" --cluster dummy-video
   generated "$k" knoise --sampler knoise "${latents[@]}"
