@@ -24,7 +24,7 @@ Run:     python demo/experiments.py demo measure
          python demo/experiments.py demo compose-real 10
 Cost:    on two CPU cores: measure 30 min, samplers 24, settings 40, compose-real 5, take-over 20, finetune
          10, and once 14 for the network of all real clips
-Expect:  the figures of demo/README.md, which are in results/demo_models and results/demo_ipc<K>
+Expect:  demo/README.md has the figures that are measured with the shipped model
 """
 
 import argparse
