@@ -419,7 +419,7 @@ def test_pool_renews_a_network_exactly_at_its_age_and_learns_at_its_rate(small):
 
 
 def test_frepo_learns_clips_and_labels_and_goes_on_after_a_kill(world, monkeypatch):
-    words = ("--set", "steps=6", "real=4", "pool=2", "max_age=3")
+    words = ("--set", "steps=6", "real=4", "pool=2", "max_age=3", "lr_labels=1e-3")
     ours, theirs = killed_and_whole(world, monkeypatch, "baselines/frepo.py", 2, *words)
     assert ours == theirs
     labels = [contract.read(folder(world, "frepo") / f"{label}.labels.npy") for label in CLASSES]
