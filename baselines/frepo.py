@@ -15,7 +15,7 @@ Run:     python baselines/frepo.py demo 5
          python baselines/static_dc.py demo 5 ; python baselines/frepo.py demo 5 --dynamic
          python 05_train_eval.py demo 5 --train-on frepo [--labels stored]
 Cost:    demo IPC 5, by estimate: 6 min on two CPU cores. miniucf IPC 5: 50 min on an A100
-Expect:  the loss falls from about 1
+Expect:  the loss begins near 1 and falls, first of all by the labels
 Differs: FRePo of pixels was not released for videos. The released +D warms the pool's rate up for longer than
          a network lives, so that the pool hardly learns: here it is constant, as in the authors' FRePo. One
          cosine for each rate, to a tenth of it. Trained on by 05 like any other set

@@ -54,7 +54,8 @@ SETTINGS = {
     "frepo": {  # pool: networks; each is made anew when it has learnt max_age steps
         "all": {"steps": 10000, "real": 512, "lr": 1e-2, "lr_labels": 1e-3}  # (R), but lr (O)
         | {"pool": 10, "max_age": 100, "lr_pool": 3e-4},  # (R), but lr_pool (I)
-        "demo": {"steps": 150, "real": 64, "pool": 4, "max_age": 50},  # (O)
+        "demo": {"steps": 150, "real": 64, "pool": 4, "max_age": 50}  # (O)
+        | {"lr_labels": 1e-2},  # (O): in so few steps labels of 1e-3 hardly change
     },
     "static_dc": {  # outer: steps on the images per network; inner: its epochs on them after each
         "all": {"steps": 3000, "real": 256, "lr": 0.1, "momentum": 0.5, "blocks": 4}  # (R)
