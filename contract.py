@@ -341,7 +341,7 @@ class Input:
         value, fix = read(self.folder / name, f"{self.fix} --redo"), f"{self.fix} --redo"
         if shape:
             found, expected = f"{value.dtype} {list(value.shape)}", f"{dtype} {list(shape)}"
-            free = [size if wanted is None else wanted for wanted, size in zip(shape, value.shape)]  # noqa: B905
+            free = [b if a is None else a for a, b in zip(shape, value.shape, strict=False)]
             if len(shape) != value.ndim or found != f"{dtype} {free}":
                 raise ContractError(f"{self.folder / name}: unexpected shape or dtype", expected, found, fix)
         return value
