@@ -195,6 +195,15 @@ def latents(place, name):
     return np.load(place.work / f"demo/03_samples/ipc2/{name}/Walk/1_0.npy")
 
 
+def test_every_class_prototype_and_draw_has_its_own_noise(sampled, tmp_path, monkeypatch):
+    place, drawn, draw = sampled.copy(tmp_path / "work"), [], contract.generator
+    monkeypatch.setattr(contract, "generator", lambda seed, *names: drawn.append(names) or draw(seed, *names))
+    assert place.run("03", "--name", "own", "--sampler", "naive")[0] == 0
+    numbers = sorted({path.stem for path in place.work.glob("demo/03_samples/ipc2/own/*/*.mp4")})
+    files = [(label, *map(int, number.split("_"))) for label in ("Walk", "Wave") for number in numbers]
+    assert sorted(drawn) == sorted(("03", *file) for file in files) and len({*drawn}) == len(files) > 8
+
+
 def test_variants_have_folders_of_their_own(sampled, tmp_path):
     """naive reads no prototypes and is gvd at strength 0, bit for bit; another value makes a folder stale."""
     place, once = sampled.copy(tmp_path / "work"), "--draws 1 --dtype float32 --save-latents"

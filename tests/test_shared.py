@@ -44,6 +44,16 @@ def workers(launcher):
     return {int(v[5:]): int(pid) for pid, values in variables.items() for v in values if v[:5] == b"RANK="}
 
 
+def test_every_item_is_one_process_s(monkeypatch):
+    output, items, shares = contract.Output.__new__(contract.Output), list("abcdefg"), []
+    output.todo = {*items} - {"c"}  # made before
+    monkeypatch.setattr(contract, "WORLD", 3)
+    for rank in range(3):
+        monkeypatch.setattr(contract, "RANK", rank)
+        shares.append(output.mine(items, lambda item: [item]))
+    assert shares == [["a", "d", "g"], ["b", "e"], ["f"]]
+
+
 def test_two_processes_leave_the_bytes_of_one(without, sampled):
     place = without("01")
     (text,) = end(place.spawn("01", processes=2))
