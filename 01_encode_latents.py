@@ -14,7 +14,7 @@ Run:     python 01_encode_latents.py hmdb51
          python 01_encode_latents.py demo --windows     also later: adds the windows to what is there
          torchrun --nproc-per-node 8 01_encode_latents.py hmdb51      the processes share the classes
 Cost:    demo: 25 s on two CPU cores. hmdb51, by estimate: 0.6 h on an A100, 5.3 GB, 11.2 GB with --windows
-Expect:  demo: 864 training and 336 test clips, latents with a standard deviation of 1.0
+Expect:  demo: 864 training and 336 test clips, latents with a standard deviation of 0.25
 Differs: the paper says VQGAN encoder; ModelScope's is a KL autoencoder, of which the mean is taken
 """
 

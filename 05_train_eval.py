@@ -15,7 +15,7 @@ Writes:  work/<data set>/05_results/<ipc<K> or full>/<set>/<net>__<labels>__<pro
 Run:     python 05_train_eval.py hmdb51 20
          python 05_train_eval.py demo --train-on full --save
          python 05_train_eval.py demo 5 --train-on random --set epochs=20 lr=0.01 --name trial
-Cost:    demo IPC 5: 50 s per repeat on two CPU cores. hmdb51 IPC 20, by estimate: 15 min on an A100
+Cost:    demo IPC 5: 40 s per repeat on two CPU cores. hmdb51 IPC 20, by estimate: 15 min on an A100
 Expect:  demo IPC 5: see README. Chance is 1 / classes
 Differs: one deterministic test pass; three of stored windows in `dancing`, whose code draws anew each time
 """

@@ -10,8 +10,6 @@ from common import NUM_FRAMES
 
 # At least 38 dB on real frames. The macroblock tree and processor-dependent code do not repeat their bytes.
 X264 = {"crf": "12", "tune": "psnr", "flags": "+bitexact", "x264-params": "cpu-independent=1:mbtree=0"}
-
-
 # Of FFmpeg's, those that OpenCV converts: without a statement, and BT.709, FCC, BT.601 twice, 240M, BT.2020.
 COLOUR_SPACES = (2, 1, 4, 5, 6, 7, 9)
 
@@ -76,7 +74,7 @@ def check_colours(path):
             space, stated = getattr(stream.codec_context, "colorspace", 2), stream.frames
             if not stated and container.duration and stream.average_rate:
                 stated = round(container.duration / av.time_base * stream.average_rate)
-    except (OSError, ValueError, IndexError):  # PyAV's own errors among them
+    except (av.error.FFmpegError, IndexError):  # no container, or without a video
         return 0  # OpenCV may know more
     if space not in COLOUR_SPACES:
         raise BadVideo(f"colour space {space} cannot be converted; re-encode it as bt709")
@@ -109,7 +107,7 @@ def av_frames(path, wanted):
                 if count in wanted:
                     kept[count] = frame.to_ndarray(format="rgb24")
                 count += 1
-    except (OSError, ValueError, IndexError):  # the end of what can be decoded
+    except (av.error.FFmpegError, IndexError):  # the end of what can be decoded
         pass
     return kept, count
 
@@ -134,7 +132,7 @@ def is_whole(path):
     try:
         with av.open(str(path), metadata_errors="ignore") as container:
             return end == size and not any(packet.is_corrupt for packet in container.demux(video=0))
-    except OSError:
+    except av.error.FFmpegError:
         return False
 
 

@@ -8,7 +8,7 @@
 #   bash run_all.sh --03 '--guidance 0.3'  another option for one stage; what it does not touch stays as it is
 #
 #   --quick               only the rows GVD and random, with hard labels
-#   --baselines           also DM, MTT, FRePo, Static-DC and Dancing's DM+D, MTT+D, FRePo+D (demo: 80 minutes)
+#   --baselines           also DM, MTT, FRePo, Static-DC and Dancing's DM+D, MTT+D, FRePo+D (demo: by estimate 1.5 h)
 #   --from N, --to M      only stages N to M (1 to 5)
 #   --0N 'OPTIONS'        for stage N alone, for each of its calls (see python 0N_*.py --help)
 #   --finetune 'OPTIONS'  likewise for tools/finetune_unet.py (hmdb51, miniucf; not with --03 '--unet ...')

@@ -18,7 +18,8 @@ Writes:  demo/models/t2v/{vae,text_encoder,unet,scheduler,tokenizer}
          work/demo_training/curve.csv   the loss, and the seconds since the start, every CURVE_EVERY steps
 Run:     python demo/train_models.py               both parts
          python demo/train_models.py --only unet   one part: vae or unet; the U-Net must follow a new vae
-Cost:    on two CPU cores: 10 min for the autoencoder, 4 for the corpus's latents, 80 for the U-Net
+Cost:    on two CPU cores: 2 h for the U-Net, other work beside it (results/demo_models/training.csv), 4 min
+         for the corpus's latents; by estimate 10 min for the autoencoder
 Expect:  the figures of demo/README.md; other hardware, or other threads, other last bits
 """
 

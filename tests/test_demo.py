@@ -149,8 +149,8 @@ def test_clips_are_brought_back():
     module = load("demo/experiments.py")
     clips = module.draw_corpus(16, module.CORPUS_SEED)[0][::8]  # two cartwheels
     made = {
-        first: module.bring_back(common.DEMO_MODEL, part, "Cartwheel", first, 2.0, 2)
-        for first, part in ((0, clips), (600, clips), (1000, clips))
+        first: module.bring_back(common.DEMO_MODEL, clips, "Cartwheel", first, 2.0, 2)
+        for first in (0, 600, 1000)
     }
     errors = {first: np.square(video.astype(float) - clips).mean() ** 0.5 for first, video in made.items()}
     assert errors[0] < 12 < errors[1000] and errors[0] < errors[600] < errors[1000]

@@ -93,6 +93,8 @@ def test_frames_that_the_header_counts_but_nobody_sees(tmp_path):
             (tmp_path / "cut.avi").write_bytes(data[:end])
             with pytest.raises(media.BadVideo, match="frames can be decoded"):
                 media.read_video(tmp_path / "cut.avi")
+    (tmp_path / "cut.avi").write_bytes(bytes([0, 0, 0, 200]) + b"no container" * 16 + b"data")
+    assert not media.is_whole(tmp_path / "cut.avi")  # though its only part is as long as the file
 
 
 def test_a_codec_that_opencv_lacks(tmp_path):
