@@ -22,8 +22,8 @@ Writes:  the stages' folders below work/demo, and there measured.json, samplers.
          settings.csv, take_over.csv, 03_samples/ipc<K>/take-over-<timestep>/
 Run:     python demo/experiments.py demo measure
          python demo/experiments.py demo compose-real 10
-Cost:    on two CPU cores, by estimate: measure 30 min, samplers 24, settings 40, compose-real 5, take-over 20,
-         finetune 10, and once 14 for the network of all real clips
+Cost:    on two CPU cores, by estimate: measure 30 min, samplers 24, settings 40, compose-real 5, take-over
+         20, finetune 10, and once 14 for the network of all real clips
 Expect:  demo/README.md has the figures that are measured with the shipped model
 """
 
