@@ -5,7 +5,8 @@ at generator size through the VAE (training videos), at network size as uint8 (t
 This is window 0. --windows adds those of Dancing with Still Images (05 --protocol dancing): 16 frames at
 stride 4 from a random start, flipped with probability 0.5; one for training, three for the test passes.
 
-Reads:   <data root>: the original files and the official split lists, unpacked (docs/data.md)
+Reads:   <data root>: the original files and the official split lists, unpacked, or one's own videos,
+         <data set>/{train,test}/<class>/* (docs/data.md)
 Writes:  work/<data set>/01_latents/<class>.npy  float16 [n, 16, 4, h, w]: VAE mean times its scaling factor
          work/<data set>/01_clips/{train,test}/<class>.npy  uint8 [n, 1, 16, S, S, 3]
          work/<data set>/01_clips/windows/{train,test}/<class>.npy  uint8 [n, 1 or 3, 16, S, S, 3]
@@ -21,7 +22,6 @@ Differs: the paper says VQGAN encoder; ModelScope's is a KL autoencoder, of whic
 import contract
 
 import re
-import shlex
 from functools import partial
 from pathlib import Path
 
@@ -34,20 +34,17 @@ import media
 COLUMNS = ("name", "official", "frames", "width", "height")  # of <class>.csv
 WINDOWS = {"windows/train": 1, "windows/test": 3}  # of a clip: for training, for each test pass
 STRIDE = 4  # frames between two frames of a random window, less in videos of fewer than 64
-NAME = r"(?!\.{1,2}\.avi)(?P<name>[ -.0-\[\]-~]{1,240})\.avi"  # ASCII without / and \: stays in its folder
-HMDB51_LINE = NAME + r" (?P<mark>[012])"  # of <class>_test_split1.txt; marks: (split, official)
-HMDB51_MARKS = {"0": ("train", 0), "1": ("train", 1), "2": ("test", 1)}
-UCF101_LINE = r"(?P<label>\w+)/" + NAME + r"(?: \d+)?"  # the training list has the class's number
 SECONDS, SECONDS_FULL = {"demo": 0.05}, 0.3  # per clip: two CPU cores; an A100, by estimate
 
 
 def parse_args():
-    parser = contract.arguments(__file__, __doc__, common.DATASETS, ipc=False)
+    parser = contract.arguments(__file__, __doc__, media.find_data_set, ipc=False)
     add = parser.add_argument
-    add("--size", help="generator's frame, WxH in pixels (448x256; demo 32x32)")
+    add("--size", help="generator's frame, WxH in pixels (448x256, demo 32x32; one's own data: as before)")
     add("--windows", action="store_true", help="also the random windows that 05 --protocol dancing needs")
     add("--partial", action="store_true", help="work with the listed clips that are present")
     add("--allow-bad", type=int, default=0, metavar="N", help="leave out up to N broken videos (0)")
+    add("--val", type=float, help="one's own data without test/: the share of test clips (0.2)")
     add("--hmdb-train", choices=("all", "official"), help="HMDB51's training clips: with the unused (all)")
     args = contract.parse(parser)
     size = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", args.size or "{}x{}".format(*args.spec["size"]))
@@ -55,56 +52,22 @@ def parse_args():
         parser.error("--size: must be WxH with sides that are multiples of 8, as 448x256")
     if args.hmdb_train and args.dataset != "hmdb51":
         parser.error("--hmdb-train is for hmdb51")
+    if args.val is not None and (args.spec["lists"] or not 0 < args.val < 1):
+        parser.error("--val is for one's own data set without a folder test, above 0 and below 1")
+    args.val = args.val or 0.2
     args.size = tuple(int(side) for side in size.groups())
     args.hmdb_train = args.hmdb_train or ("all" if args.dataset == "hmdb51" else None)
     args.parts = {"train": 1, "test": 1} | (WINDOWS if args.windows else {})  # windows of a clip per folder
     return args
 
 
-def list_clips(dataset, data_root):
-    """The clips of the official lists (split 1), sorted by class and name: [(class, name, split, official)].
-
-    name: without .avi. HMDB51's hold `# [ ] ! & ; ( ) % @` and begin with `-`: never pass them to a shell or
-    a glob. official: 0 for HMDB51's unused clips, on which Dancing with Still Images and GVD train too.
-    """
-    spec, clips = common.DATASETS[dataset], {}
-    pattern, files = UCF101_LINE, {"trainlist01.txt": "train", "testlist01.txt": "test"}
-    if dataset == "hmdb51":
-        pattern, files = HMDB51_LINE, {f"{label}_test_split1.txt": label for label in spec["classes"]}
-    known = common.DATASETS["ucf101" if dataset == "miniucf" else dataset]["classes"]
-    for path, value in ((data_root / spec["lists"] / file, value) for file, value in files.items()):
-        if not path.is_file():
-            raise missing(dataset, data_root, path)
-        for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), 1):
-            if not line.strip():
-                continue
-            found = re.fullmatch(pattern, line.strip())
-            label = found and found.groupdict().get("label", value)
-            if label not in known:
-                what = f"{path}, line {number}: refused {line!r}"
-                raise contract.ContractError(what, f"<clip>.avi of a class of {dataset}, a plain file name")
-            clip = HMDB51_MARKS[found["mark"]] if dataset == "hmdb51" else (value, 1)
-            if label in spec["classes"] and clips.setdefault((label, found["name"]), clip) != clip:
-                raise contract.ContractError(f"{path}, line {number}: {found['name']} is in both splits")
-    return [(label, name, *clips[label, name]) for label, name in sorted(clips)]
-
-
-def missing(dataset, data_root, path, found=None):
-    """What to raise when a part of the data set is not there."""
-    fix = "unpack the data set there, as docs/data.md says"
-    if dataset == "demo":
-        fix = f"python demo/draw_videos.py --data-root {shlex.quote(str(data_root))}"
-    return contract.Missing(f"{path} is missing", f"{dataset}'s videos and official lists", found, fix)
-
-
 def find_clips(args):
     """{class: [(name, split, official, sha256, path)]} of the listed clips that are present and asked for."""
     media.opencv()  # or an error, before any folder is begun
-    listed = [clip for clip in list_clips(args.dataset, args.data_root) if clip[0] in args.classes]
+    listed = [clip for clip in media.list_clips(args) if clip[0] in args.classes]
     listed = [clip for clip in listed if clip[3] or args.hmdb_train != "official"]
     clips, absent, root = {label: [] for label in args.classes}, [], args.data_root / args.spec["videos"]
-    for label, name, split, official in listed:
-        path = root / label / f"{name}.avi"
+    for label, name, split, official, path in listed:
         if args.limit and sum(clip[1] == split for clip in clips[label]) >= args.limit:
             continue
         if path.is_file():
@@ -113,7 +76,7 @@ def find_clips(args):
             absent.append(path)
     present = f"{len(listed) - len(absent):,} of {len(listed):,} listed clips"
     if absent and not (args.partial and root.is_dir()):
-        raise missing(args.dataset, args.data_root, absent[0], f"{present}; --partial works with those")
+        raise media.missing(args.dataset, args.data_root, absent[0], f"{present}; --partial works with those")
     if absent:
         empty = [label for label in clips if not clips[label]]
         contract.say("; none of ".join([f"01 partial: {present} are present", *empty]))

@@ -31,6 +31,7 @@ import warnings
 import numpy as np
 
 import common
+import media
 
 N_INIT = 10  # starts of k-means; the one with the least inertia is kept
 GMM_FLOOR = 0.01  # least variance of a component, of the class's: one video alone has an infinite likelihood
@@ -41,7 +42,7 @@ SECONDS_FULL = 1
 
 
 def parse_args():
-    parser = contract.arguments(__file__, __doc__, common.DATASETS)
+    parser = contract.arguments(__file__, __doc__, media.find_data_set)
     add, clusters = parser.add_argument, ("direct", "real-video", "dummy-video", "herding", "gmm")
     add("--cluster", choices=clusters, default="direct", help="see above (direct)")
     add("--distance", choices=("euclidean", "cosine"), default="euclidean", help="(euclidean)")

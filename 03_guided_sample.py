@@ -59,7 +59,7 @@ SECONDS_FULL = 7.0
 
 
 def parse_args():
-    parser = contract.arguments(__file__, __doc__, common.DATASETS)
+    parser = contract.arguments(__file__, __doc__, media.find_data_set)
     add = parser.add_argument
     add("--sampler", choices=tuple(OPTIONS), default="gvd", help="see above (gvd)")
     add("--name", help="name of the folder (the sampler's)")

@@ -55,7 +55,7 @@ commercial use), and the terms of the data set that they were distilled from app
 
 
 def parse_args():
-    parser = contract.arguments(__file__, __doc__, common.DATASETS)
+    parser = contract.arguments(__file__, __doc__, media.find_data_set)
     add = parser.add_argument
     add("--samples", default="gvd", help="folder of stage 03 (gvd)")
     add("--pattern", choices=PATTERNS, default=PATTERN, help=f"videos x frames, see above ({PATTERN})")

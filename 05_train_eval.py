@@ -62,7 +62,7 @@ SECONDS, SECONDS_FULL = {"demo": 0.02}, 0.0015  # per clip and epoch: two CPU co
 
 
 def parse_args():
-    parser = contract.arguments(__file__, __doc__, common.DATASETS, ipc="?")
+    parser = contract.arguments(__file__, __doc__, media.find_data_set, ipc="?")
     add = parser.add_argument
     add("--train-on", default="gvd", metavar="SET", help="random, full, herding, kcenter, or see above (gvd)")
     add("--net", choices=NETS, default="minic3d", help="network that is trained (minic3d)")
@@ -106,21 +106,6 @@ def setting(word):
     return key, value
 
 
-def real_clips(args, source, split):
-    """Clips of 01 {class: ([name], uint8 [n, windows, 16, S, S, 3], on the disk)}, and {file: sha256}."""
-    folder, clips, side = "windows/" * (args.protocol["sampling"] == "drawn") + split, {}, args.spec["side"]
-    files = [f"{place}/{c}.{k}" for c in args.classes for place, k in ((folder, "npy"), (split, "csv"))]
-    files, least = source.check(files), args.ipc if (split, args.train_on) == ("train", "random") else 1
-    for label in args.classes:
-        names = [row["name"] for row in source.load(f"{split}/{label}.csv")]
-        shape = (len(names), None, common.NUM_FRAMES, side, side, 3)
-        clips[label] = names[: args.limit], source.load(f"{folder}/{label}.npy", shape, "uint8")
-        if (found := len(clips[label][0])) < least:
-            what = f"{source.folder}/{split}/{label}.csv: too few clips"
-            raise contract.ContractError(what, f"at least {least}", found, "a smaller IPC, a larger --limit")
-    return clips, files
-
-
 def find_set(args):
     """(kind, folder) of the set --train-on; kind: random, full, coreset or videos."""
     if args.train_on in ("random", "full"):
@@ -129,40 +114,6 @@ def find_set(args):
     own = [("coreset", work / "05_coresets" / name), ("videos", work / "04_distilled" / name)]
     there = [place for place in [*own, ("videos", Path(args.train_on))] if place[1].is_dir()]
     return there[0] if there else own[args.train_on not in ("herding", "kcenter")]
-
-
-def find_videos(args, folder):
-    """Videos {class: ([file], None)}, {file: sha256}, and the records behind them, if a stage made them."""
-    source, outputs = None, [path.relative_to(folder).as_posix() for path in folder.glob("*/[!.]*.mp4")]
-    own = folder.parent == args.work_dir / args.dataset / f"04_distilled/ipc{args.ipc}"
-    if own or (folder / "manifest.json").exists():
-        method, dynamic, _ = folder.name.partition("+")
-        script = f"baselines/{method}.py"
-        script = script if (contract.ROOT / script).exists() else "04_mvic_compose.py"
-        fix = contract.command(args, script, *(["--dynamic"] if dynamic else ["--name", folder.name]))
-        source = contract.Input(args, folder.absolute(), fix)
-        if "set.json" in source.outputs:
-            return read_arrays(args, source)
-        outputs = [name for name in source.outputs if name.endswith(".mp4")]
-    videos = {c: sorted(n for n in outputs if n.startswith(f"{c}/"))[: args.limit] for c in args.classes}
-    if empty := [c for c in args.classes if not videos[c]]:
-        raise contract.ContractError(f"{folder / empty[0]}: no video", "*.mp4 of each class")
-    names = [name for of_class in videos.values() for name in of_class]
-    files = source.check(names) if source else {name: contract.sha256(folder / name) for name in names}
-    return {c: (videos[c], None) for c in videos}, files, lineage(args, source) if source else {}
-
-
-def read_arrays(args, source):
-    """As find_videos, of a baseline's set: clips {class: ([name], float16 [n, variants, 16, S, S, 3])}."""
-    files, clips = source.check(["set.json", *(f"{c}.npy" for c in args.classes)]), {}
-    variants, side = source.load("set.json")["variants"], args.spec["side"]
-    for label in args.classes:
-        array = source.load(f"{label}.npy", (None, variants, common.NUM_FRAMES, side, side, 3), "float16")
-        if not np.isfinite(array).all():
-            what = f"{source.folder / label}.npy: a value is not finite"
-            raise contract.ContractError(what, fix=f"{source.fix} --redo")
-        clips[label] = [f"{label}/{i}" for i in range(len(array))][: args.limit], array[: args.limit]
-    return clips, files, lineage(args, source)
 
 
 def lineage(args, source):
@@ -365,6 +316,8 @@ def find_deviations(args, facts, used):
     found = [f"{key} {mine[key]}, not {own[key]}" for key in own if mine[key] != own[key]]
     found += ["labels or lr that are stored with the set"] * (args.labels == "stored")
     train, test_clips = (3570, 1530) if facts["hmdb_train"] == "official" else args.spec["clips"]
+    if not args.spec["lists"]:  # one's own data set: whatever 01 has found
+        train, test_clips = facts["videos"], facts["test clips"]
     counts = {"classes": (len(args.classes), whole), "test clips": (facts["test clips"], test_clips)}
     counts["training videos"] = (facts["videos"], train if args.train_on == "full" else args.ipc * whole)
     found += [f"{n:,} of {total:,} {what}" for what, (n, total) in counts.items() if n != total]
@@ -410,17 +363,18 @@ def estimate(args):
 def main(args):
     drawn, protocol = ["--windows"] * (args.protocol["sampling"] == "drawn"), args.protocol["name"]
     source = contract.Input(args, "01_clips", contract.command(args, "01_encode_latents.py", *drawn))
-    (test_clips, test_files), (kind, folder) = real_clips(args, source, "test"), find_set(args)
+    (test_clips, test_files), (kind, folder) = media.real_clips(args, "test", bool(drawn)), find_set(args)
     used, about, chosen, logits, size = {"01_clips": source.record}, {}, None, None, None
     name = args.name or folder.resolve().name
     if kind == "videos":
         if name in ("random", "full", "herding", "kcenter"):
             raise contract.ContractError(f"{name} is the name of a set of real clips", fix="another --name")
-        clips, files, made = find_videos(args, folder)
-        used, about = used | made, contract.read(folder / "set.json") or {}  # of a baseline
-        size = about.get("bytes") or sum((folder / file).stat().st_size for file in files)
+        clips, files, made = media.find_videos(args, folder)
+        used |= lineage(args, made) if made else {}
+        about, size = contract.read(folder / "set.json") or {}, media.set_bytes(folder, files)
     else:
-        clips, files = real_clips(args, source, "train")
+        least = args.ipc if kind == "random" else 1
+        clips, files = media.real_clips(args, "train", bool(drawn), least)
     inputs = {"test clips": contract.digest(test_files), "training set": contract.digest(files)}
     if kind == "coreset":
         chosen, inputs["coreset"], used["05_coresets"] = read_coreset(args, folder, clips)
@@ -457,8 +411,8 @@ def main(args):
     device, dtype = output.device, output.dtype
     contract.say(f"05 {args.net} on {device} in {str(dtype)[6:]}, protocol {protocol}")
     if kind == "videos" and not about:
-        for label, (names, _) in contract.bar(clips.items(), desc="05 read"):
-            clips[label] = names, media.network_clips(folder, names, args.spec)[:, None]
+        for label, of_class in contract.bar(clips.items(), desc="05 read"):
+            clips[label] = of_class[0], media.network_clips(folder, of_class, args.spec)[:, None]
     windows = range(next(iter(test_clips.values()))[1].shape[1])
     passes, labels, _ = zip(*(tensors(test_clips, None, device, w, args.net) for w in windows), strict=True)
     for r, file in enumerate(repeats):

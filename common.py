@@ -1,7 +1,8 @@
-"""What several stages share: the method (guided step, decay, MiniC3D), the data sets, the model."""
+"""What several stages share: the method (guided step, decay, MiniC3D) and the text-to-video model."""
 
 from contract import ROOT, ContractError, Missing, digest, read, sha256
 
+import re
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -87,30 +88,6 @@ def to_input(clips):
     """uint8 [n, 16, S, S, 3] -> float32 [n, 3, 16, S, S], ImageNet's mean and std, in channels_last_3d."""
     mean, std = (torch.tensor(v, device=clips.device) for v in (IMAGENET_MEAN, IMAGENET_STD))
     return clips.float().div_(255).sub_(mean).div_(std).permute(0, 4, 1, 2, 3)
-
-
-# --- the data sets
-
-
-def data_set(name, videos, lists, clips, size=(448, 256), resize=(160, 120), side=112):
-    """An entry of DATASETS. Classes are those of prompts/<name>.json, in ASCII order.
-
-    videos, lists: where the official archives unpack to below the data root. clips: training and test clips
-    of the official lists. size: the generator's frame (width, height). resize, side: the plain resize
-    (width, height) and the centre crop that make the network's frame. All in pixels.
-    """
-    classes = sorted(read(ROOT / "prompts" / f"{name}.json"))
-    keys = ("classes", "videos", "lists", "clips", "size", "resize", "side")
-    return dict(zip(keys, (classes, videos, lists, clips, size, resize, side), strict=True))
-
-
-UCF = ("UCF101/UCF-101", "UCF101/ucfTrainTestlist")
-DATASETS = {
-    "hmdb51": data_set("hmdb51", "HMDB51/hmdb51_org", "HMDB51/testTrainMulti_7030_splits", (5236, 1530)),
-    "miniucf": data_set("miniucf", *UCF, (4662, 1861)),  # 50 of UCF101's classes; not what is called UCF50
-    "ucf101": data_set("ucf101", *UCF, (9537, 3783)),
-    "demo": data_set("demo", "demo/UCF-101", "demo/ucfTrainTestlist", (864, 336), (32, 32), (48, 48), 48),
-}
 
 
 # --- the text-to-video model
@@ -227,10 +204,18 @@ def decode(vae, latents, batch=8, name="a video"):
 
 
 def read_prompts(args):
-    """{class: prompt} of args.prompt_file, else of the data set; all empty with `none`."""
+    """{class: prompt} of args.prompt_file, else of the data set; all empty with `none`.
+
+    One's own data set may have its prompts.json; without it a prompt is "a video of" and the class in words.
+    """
     if args.prompt_file == Path("none"):
         return dict.fromkeys(args.classes, "")
     path = args.prompt_file or ROOT / "prompts" / f"{args.dataset}.json"
+    if not args.prompt_file and not path.exists():
+        path = args.data_root / args.dataset / "prompts.json"
+        if not path.exists():
+            words = {c: re.sub(r"(?<=[a-z])(?=[A-Z])|[\W_]+", " ", c).strip().lower() for c in args.classes}
+            return {label: f"a video of {words[label]}" for label in args.classes}
     prompts = read(path)
     if not isinstance(prompts, dict):
         raise ContractError(f"{path} is missing or no JSON object", "{class: prompt}")

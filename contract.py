@@ -62,11 +62,11 @@ class Missing(ContractError):
 def arguments(script, doc, datasets, ipc=True):
     """The parser of a script: its docstring is its help; these options mean the same everywhere.
 
-    script: the script's __file__. datasets: common.DATASETS. ipc: whether it takes one; "?" if it may.
+    script: the script's __file__. datasets: media.find_data_set. ipc: whether it takes one; "?" if it may.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.set_defaults(datasets=datasets, script=Path(script).resolve())
-    parser.add_argument("dataset", choices=sorted(datasets), help="data set")
+    parser.add_argument("dataset", help="demo, hmdb51, miniucf, ucf101, or one's own (docs/data.md)")
     if ipc:
         nargs = "?" if ipc == "?" else None
         parser.add_argument("ipc", type=int, nargs=nargs, help="instances (videos) per class, distilled")
@@ -94,15 +94,15 @@ def parse(parser):
     for name, value in vars(args).items():
         if type(value) is int and value < (least := int(parser.get_default(name) != 0)):
             parser.error(f"{'' if name == 'ipc' else '--'}{name.replace('_', '-')}: must be at least {least}")
-    args.spec = args.datasets[args.dataset]
     args.number = re.sub(r"^(\d\d)_.*", r"\1", args.script.stem)  # 03; a tool's whole name
+    for option in ("dataset", "name", "samples", "prototypes"):  # folders, always below the work folder
+        value = getattr(args, option, None) or "none"
+        if not re.fullmatch(r"\w[\w.+-]*", value) or ".old-" in value:
+            parser.error(f"{'--' * (option != 'dataset')}{option}: {value!r} is not a plain folder name")
+    args.spec = args.datasets(args)
     args.classes = sorted(set(args.classes.split(","))) if args.classes else args.spec["classes"]
     if unknown := sorted(set(args.classes) - set(args.spec["classes"])):
         parser.error(f"--classes: {args.dataset} has no class {unknown[0]!r}")
-    for option in ("name", "samples", "prototypes"):  # of folders, which never leave the work folder
-        value = getattr(args, option, None) or "none"
-        if not re.fullmatch(r"\w[\w.+-]*", value) or ".old-" in value:
-            parser.error(f"--{option}: {value!r} is not a plain folder name")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device or "cpu"):
         parser.error(f"--device: {args.device!r} is not cpu, cuda or cuda:<number>")
     if args.device not in (None, "cpu") and not torch.cuda.is_available():

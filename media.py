@@ -1,21 +1,150 @@
-"""Video files: reading, resizing to the networks' frames, writing."""
+"""The data sets and their videos: lists, files, clips as the networks see them."""
 
-from contract import ContractError, atomic
+from contract import ROOT, ContractError, Input, Missing, atomic, command, read, read_record, sha256
 
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
 
 from common import NUM_FRAMES
 
+NAME = r"(?!\.{1,2}\.avi)(?P<name>[ -.0-\[\]-~]{1,240})\.avi"  # ASCII without / and \: stays in its folder
+HMDB51_LINE = NAME + r" (?P<mark>[012])"  # of <class>_test_split1.txt; marks: (split, official)
+HMDB51_MARKS = {"0": ("train", 0), "1": ("train", 1), "2": ("test", 1)}
+UCF101_LINE = r"(?P<label>\w+)/" + NAME + r"(?: \d+)?"  # the training list has the class's number
+ENDINGS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v")  # of one's own videos, in any case
 # At least 38 dB on real frames. The macroblock tree and processor-dependent code do not repeat their bytes.
 X264 = {"crf": "12", "tune": "psnr", "flags": "+bitexact", "x264-params": "cpu-independent=1:mbtree=0"}
 # Of FFmpeg's, those that OpenCV converts: without a statement, and BT.709, FCC, BT.601 twice, 240M, BT.2020.
 COLOUR_SPACES = (2, 1, 4, 5, 6, 7, 9)
 
+# --- the data sets
+
+
+def data_set(name, videos, lists, clips, size=(448, 256), resize=(160, 120), side=112):
+    """An entry of DATASETS. Classes are those of prompts/<name>.json, in ASCII order.
+
+    videos, lists: where the official archives unpack to below the data root. clips: training and test clips
+    of the official lists. size: the generator's frame (width, height). resize, side: the plain resize
+    (width, height) and the centre crop that make the network's frame. All in pixels.
+    """
+    classes = sorted(read(ROOT / "prompts" / f"{name}.json"))
+    keys = ("classes", "videos", "lists", "clips", "size", "resize", "side")
+    return dict(zip(keys, (classes, videos, lists, clips, size, resize, side), strict=True))
+
+
+UCF = ("UCF101/UCF-101", "UCF101/ucfTrainTestlist")
+DATASETS = {
+    "hmdb51": data_set("hmdb51", "HMDB51/hmdb51_org", "HMDB51/testTrainMulti_7030_splits", (5236, 1530)),
+    "miniucf": data_set("miniucf", *UCF, (4662, 1861)),  # 50 of UCF101's classes; not what is called UCF50
+    "ucf101": data_set("ucf101", *UCF, (9537, 3783)),
+    "demo": data_set("demo", "demo/UCF-101", "demo/ucfTrainTestlist", (864, 336), (32, 32), (48, 48), 48),
+}
+
+
+def find_data_set(args):
+    """The entry of args.dataset in DATASETS, or by any other name one's own: a class is a folder of train/.
+
+    Its frames have HMDB51's sizes, or the size for which stage 01 was last asked.
+    """
+    if args.dataset in DATASETS:
+        return DATASETS[args.dataset]
+    root, made = args.data_root / args.dataset, args.work_dir / args.dataset / "01_latents"
+    classes = sorted(path.name for path in root.glob("train/[!.]*") if path.is_dir())
+    if not classes:
+        expected = f"{', '.join(DATASETS)}, or one's own videos as {root}/train/<class>/*.mp4"
+        raise Missing(f"{root / 'train'} has no classes", expected, fix="see docs/data.md; --data-root")
+    clips = [sum(1 for _ in root.glob(f"{split}/[!.]*/[!.]*")) for split in ("train", "test")]
+    spec = DATASETS["hmdb51"] | {"classes": classes, "videos": args.dataset, "lists": None, "clips": clips}
+    record = read_record(made, f"rm {made / 'manifest.json'}")
+    return spec | {"size": tuple(record["parameters"]["size"])} if record else spec
+
+
+def list_clips(args):
+    """The clips of a data set, sorted by class and name: [(class, name, split, official, path)].
+
+    name: without its ending. official: 0 for HMDB51's unused clips, on which Dancing with Still Images and
+    GVD train too.
+    """
+    root = args.data_root / args.spec["videos"]
+    if not args.spec["lists"]:
+        return list_folder(root, args)
+    clips = list_official(args.dataset, args.data_root)
+    return [(*clip, root / clip[0] / f"{clip[1]}.avi") for clip in clips]
+
+
+def list_official(dataset, data_root):
+    """The clips of the official lists (split 1), as `list_clips`, without paths.
+
+    HMDB51's names hold `# [ ] ! & ; ( ) % @` and begin with `-`: never pass them to a shell or a glob.
+    """
+    spec, clips = DATASETS[dataset], {}
+    pattern, files = UCF101_LINE, {"trainlist01.txt": "train", "testlist01.txt": "test"}
+    if dataset == "hmdb51":
+        pattern, files = HMDB51_LINE, {f"{label}_test_split1.txt": label for label in spec["classes"]}
+    known = DATASETS["ucf101" if dataset == "miniucf" else dataset]["classes"]
+    for path, value in ((data_root / spec["lists"] / file, value) for file, value in files.items()):
+        if not path.is_file():
+            raise missing(dataset, data_root, path)
+        for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), 1):
+            if not line.strip():
+                continue
+            found = re.fullmatch(pattern, line.strip())
+            label = found and found.groupdict().get("label", value)
+            if label not in known:
+                what = f"{path}, line {number}: refused {line!r}"
+                raise ContractError(what, f"<clip>.avi of a class of {dataset}, a plain file name")
+            clip = HMDB51_MARKS[found["mark"]] if dataset == "hmdb51" else (value, 1)
+            if label in spec["classes"] and clips.setdefault((label, found["name"]), clip) != clip:
+                raise ContractError(f"{path}, line {number}: {found['name']} is in both splits")
+    return [(label, name, *clips[label, name]) for label, name in sorted(clips)]
+
+
+def list_folder(root, args):
+    """The clips of one's own data set, below root/train/<class> and root/test/<class>, as `list_clips`.
+
+    Without a folder test/ the share args.val of a class's clips, the last by name, are the test clips.
+    """
+    splits, clips, names = ("train", "test")[: 1 + (root / "test").is_dir()], [], {*args.spec["classes"]}
+    for split in splits:
+        there = sorted((root / split).glob("[!.]*"))
+        if odd := [path for path in there if not (path.is_dir() and path.name.isprintable())]:
+            what, expected = f"{ascii(str(odd[0]))} is no class", "a folder of videos for each class"
+            raise ContractError(what, expected, fix="move it away, or rename it")
+        if alone := sorted({path.name for path in there} ^ names):
+            raise ContractError(f"{root}: class {alone[0]} is not in both splits", "train and test alike")
+    for label in args.classes:
+        for split in splits:
+            paths = sorted((root / split / label).glob("[!.]*"), key=lambda path: path.stem)
+            bad = [p for p in paths if p.suffix.lower() not in ENDINGS or not p.stem.isprintable()]
+            if bad:
+                what, fix = f"{ascii(str(bad[0]))} is no video file", "move it away, or rename it"
+                raise ContractError(what, ", ".join(ENDINGS), f"{len(bad)} such files of {label}", fix)
+            if len(paths) < 3 - len(splits):
+                raise ContractError(f"{root / split / label}: too few videos", 3 - len(splits), len(paths))
+            if twice := [p for p, q in zip(paths, paths[1:], strict=False) if p.stem == q.stem]:
+                raise ContractError(f"{twice[0]}: another video has this name", fix="rename one of them")
+            cut = len(paths) if len(splits) == 2 else len(paths) - max(1, round(args.val * len(paths)))
+            parts = [split] * cut + ["test"] * (len(paths) - cut)
+            clips += [(label, p.stem, part, 1, p) for p, part in zip(paths, parts, strict=True)]
+    return clips
+
+
+def missing(dataset, data_root, path, found=None):
+    """What to raise when a part of the data set is not there."""
+    fix = "unpack the data set there, as docs/data.md says"
+    if dataset == "demo":
+        fix = f"python demo/draw_videos.py --data-root {shlex.quote(str(data_root))}"
+    return Missing(f"{path} is missing", f"{dataset}'s videos and official lists", found, fix)
+
 
 class BadVideo(Exception):
     """A video file that cannot be decoded as a whole."""
+
+
+# --- video files
 
 
 def uniform_frames(count):
@@ -153,18 +282,6 @@ def network_clip(frames, spec):
     return resize_frames(frames, spec["resize"])[:, top : top + side, left : left + side]
 
 
-def network_clips(folder, names, spec):
-    """16 frames of each of the videos below a folder as the networks see them: uint8 [n, 16, S, S, 3]."""
-    clips = []
-    for name in names:
-        try:
-            frames, _ = read_frames(folder / name, uniform_frames)
-        except BadVideo as error:
-            raise ContractError(f"{folder / name}: {error}", "a video") from None
-        clips.append(network_clip(frames, spec))
-    return np.stack(clips)
-
-
 def write_mp4(path, frames, rate=8):
     """Writes uint8 RGB frames [n, h, w, 3] (even sides) as H.264, yuv420p, `rate` per second, atomically.
 
@@ -183,3 +300,86 @@ def write_mp4(path, frames, rate=8):
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
             container.mux(stream.encode(picture.reformat(format="yuv420p")))
         container.mux(stream.encode())
+
+
+# --- clips as the networks see them
+
+
+def real_clips(args, split="train", windows=False, least=1):
+    """Clips of stage 01 {class: ([name], uint8 [n, windows, 16, S, S, 3], on the disk)}, {file: sha256}.
+
+    windows: the random ones of 01 --windows. least: clips that a class must have.
+    """
+    source = Input(args, "01_clips", command(args, "01_encode_latents.py", *["--windows"] * windows))
+    folder, clips, side = "windows/" * windows + split, {}, args.spec["side"]
+    files = [f"{place}/{c}.{k}" for c in args.classes for place, k in ((folder, "npy"), (split, "csv"))]
+    files = source.check(files)
+    for label in args.classes:
+        names = [row["name"] for row in source.load(f"{split}/{label}.csv")]
+        array = source.load(f"{folder}/{label}.npy", (len(names), None, NUM_FRAMES, side, side, 3), "uint8")
+        clips[label] = names[: args.limit], array[: args.limit]
+        if (found := len(clips[label][0])) < least:
+            what = f"{source.folder}/{split}/{label}.csv: too few clips"
+            raise ContractError(what, f"at least {least}", found, "a smaller IPC, a larger --limit")
+    return clips, files
+
+
+def find_videos(args, folder, ending=".mp4"):
+    """A set of videos: {class: ([file], None)}, {file: sha256}, and the Input of a set that a script made.
+
+    folder: of stage 03 or 04, or any of <class>/*.mp4. A set of baselines/ has arrays in place of None:
+    float16 [n, V, 16, S, S, 3], V variants of each clip, in grey levels that may exceed 0 to 255.
+    """
+    source, there = None, [path.relative_to(folder).as_posix() for path in folder.glob("*/[!.]*.mp4")]
+    if folder.parent.parent.parent == args.work_dir / args.dataset or (folder / "manifest.json").exists():
+        method, dynamic, _ = folder.name.partition("+")
+        words = ["--dynamic"] if dynamic else ["--name", folder.name]
+        script = "03_guided_sample.py" if "03_samples" in folder.parts else "04_mvic_compose.py"
+        if (ROOT / f"baselines/{method}.py").exists():
+            script, words = f"baselines/{method}.py", words * bool(dynamic)
+        source = Input(args, folder.absolute(), command(args, script, *words))
+        if "set.json" in source.outputs:
+            return read_arrays(args, source)
+        there = [name for name in source.outputs if name.endswith(".mp4")]
+    ours = sorted(name for name in there if name.endswith(ending))
+    videos = {c: [name for name in ours if name.startswith(f"{c}/")][: args.limit] for c in args.classes}
+    if empty := [c for c in args.classes if not videos[c]]:
+        raise ContractError(f"{folder / empty[0]}: no video", f"*{ending} of each class")
+    names = [name for of_class in videos.values() for name in of_class]
+    files = source.check(names) if source else {name: sha256(folder / name) for name in names}
+    return {c: (videos[c], None) for c in videos}, files, source
+
+
+def read_arrays(args, source):
+    """As `find_videos`, of a set of baselines/."""
+    files, clips = source.check(["set.json", *(f"{c}.npy" for c in args.classes)]), {}
+    variants, side = source.load("set.json")["variants"], args.spec["side"]
+    for label in args.classes:
+        array = source.load(f"{label}.npy", (None, variants, NUM_FRAMES, side, side, 3), "float16")
+        if not np.isfinite(array).all():
+            what = f"{source.folder / label}.npy: a value is not finite"
+            raise ContractError(what, fix=f"{source.fix} --redo")
+        clips[label] = [f"{label}/{i}" for i in range(len(array))][: args.limit], array[: args.limit]
+    return clips, files, source
+
+
+def set_bytes(folder, files):
+    """Stored bytes of a set: of its files, or what set.json says of what a baseline really stores."""
+    return (read(folder / "set.json") or {}).get("bytes") or sum((folder / f).stat().st_size for f in files)
+
+
+def network_clips(folder, of_class, spec):
+    """Videos ([file], array or None) of `find_videos` as the networks see them: uint8 [n, 16, S, S, 3].
+
+    Of each clip of a set of baselines/ variant 0, rounded to grey levels.
+    """
+    (names, array), clips = of_class, []
+    if array is not None:
+        return np.rint(array[:, 0].astype(np.float32)).clip(0, 255).astype(np.uint8)
+    for name in names:
+        try:
+            frames, _ = read_frames(folder / name, uniform_frames)
+        except BadVideo as error:
+            raise ContractError(f"{folder / name}: {error}", "a video") from None
+        clips.append(network_clip(frames, spec))
+    return np.stack(clips)

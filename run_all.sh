@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole method on one data set at one IPC, then the table of its sets: a column of Table 1.
 #
-#   bash run_all.sh [DATASET [IPC | all]] [options]  demo, hmdb51, miniucf or ucf101; videos per class (5)
+#   bash run_all.sh [DATASET [IPC | all]] [options]   a data set or folder (docs/data.md), videos per class (5)
 #   bash run_all.sh                        demo 5 --quick: 8 minutes on two CPU cores, no GPU, no data needed
 #   bash run_all.sh hmdb51 20              HMDB51, 20 videos per class: 22 hours on one A100, by estimate
 #   bash run_all.sh demo all               IPC 1, 5, 10 (20), every table and figure, a gallery: tools/all.sh
@@ -75,7 +75,7 @@ column() { # IPC: the rows of Table 1
   stage 5 05_train_eval.py "$1" --train-on random
   [ "$baselines" = 0 ] || baselines "$1"
   [ "$quick" = 0 ] || return 0
-  [[ "$dataset" != hmdb51 || "${options[soft]}" = *--teacher* ]] || stage 5 tools/train_teacher.py
+  [[ "$dataset" =~ ^(demo|miniucf|ucf101)$ || "${options[soft]}" = *--teacher* ]] || stage 5 tools/train_teacher.py
   stage 5 tools/soft_labels.py "$1" --train-on gvd
   stage 5 05_train_eval.py "$1" --train-on gvd --labels soft
   stage 5 tools/soft_labels.py --train-on random $windows

@@ -98,7 +98,7 @@ def setting(word):
 
 def parse(script, doc, dynamic=True, also=()):
     """The arguments of a baseline, with `settings` {name: value}. also: further entries of SETTINGS."""
-    parser = contract.arguments(script, doc, common.DATASETS)
+    parser = contract.arguments(script, doc, media.DATASETS)
     add = parser.add_argument
     parser.set_defaults(dynamic=False)
     if dynamic:
@@ -140,21 +140,6 @@ def plan(args, clips, copies=1):
 # --- real clips -------------------------------------------------------------------------------------------
 
 
-def real_clips(args):
-    """Training clips at window 0 {class: ([name], uint8 [n, 16, S, S, 3], on the disk)}, and their digest."""
-    source = contract.Input(args, "01_clips", contract.command(args, "01_encode_latents.py"))
-    files = source.check(f"train/{c}.{kind}" for c in args.classes for kind in ("npy", "csv"))
-    shape, clips = (None, common.NUM_FRAMES, args.spec["side"], args.spec["side"], 3), {}
-    for label in args.classes:
-        names = [row["name"] for row in source.load(f"train/{label}.csv")]
-        array = source.load(f"train/{label}.npy", (len(names), *shape), "uint8")
-        clips[label] = names[: args.limit], array[: args.limit, 0]
-        if (found := len(clips[label][0])) < args.ipc:
-            what = f"{source.folder / 'train' / label}.csv: too few clips"
-            raise contract.ContractError(what, f"at least {args.ipc}", found, "a smaller IPC")
-    return clips, contract.digest(files)
-
-
 def start_clips(args, clips, device):
     """`ipc` real clips of each class, [K n, 3, 16, S, S]: those that 05 --train-on random has in repeat 0."""
     chosen = []
@@ -162,13 +147,13 @@ def start_clips(args, clips, device):
         ordered = sorted(names)
         order = torch.randperm(len(names), generator=contract.generator(args.seed, "05", "random", 0, label))
         rows = [names.index(name) for name in sorted(ordered[i] for i in order[: args.ipc].tolist())]
-        chosen.append(torch.from_numpy(array[rows]))
+        chosen.append(torch.from_numpy(array[rows, 0]))
     return common.to_input(torch.cat(chosen).to(device))
 
 
 def on_device(clips, device):
     """{class: uint8 [n, 16, S, S, 3]} in the device's memory."""
-    return {label: torch.from_numpy(np.array(array)).to(device) for label, (_, array) in clips.items()}
+    return {label: torch.from_numpy(np.array(array[:, 0])).to(device) for label, (_, array) in clips.items()}
 
 
 def draw(count, size, generator):
@@ -234,7 +219,8 @@ def read_inputs(args, copies):
 
     The images are those of the Static-DC set of copies * IPC images per class.
     """
-    clips, digest = real_clips(args)
+    clips, files = media.real_clips(args, least=args.ipc)
+    digest = contract.digest(files)
     if not args.dynamic:
         return clips, None, {"training set": digest}
     ipc, side = copies * args.ipc, args.spec["side"]

@@ -30,6 +30,7 @@ from torch import nn  # noqa: E402
 from torch.nn.functional import cross_entropy  # noqa: E402
 
 import common  # noqa: E402
+import media  # noqa: E402
 
 WIDTH = 128  # channels of each block
 EPSILON = 1e-6  # in the denominator of a cosine
@@ -87,7 +88,7 @@ def random_frames(args, clips, device):
     for label, (_, array) in clips.items():
         generator = contract.generator(args.seed, "static_dc", "frames", label)
         which = torch.randint(common.NUM_FRAMES, (len(array),), generator=generator).tolist()
-        still = np.stack([array[i, [f]] for i, f in enumerate(which)])  # uint8 [n, 1, S, S, 3]
+        still = np.stack([array[i, 0, [f]] for i, f in enumerate(which)])  # uint8 [n, 1, S, S, 3]
         frames[label] = common.to_input(torch.from_numpy(still).to(device))[:, :, 0]
     return frames
 
@@ -118,8 +119,8 @@ def estimate(args):
 
 
 def main(args):
-    clips, digest = parts.real_clips(args)
-    output, s = parts.begin(args, {"training set": digest}), args.settings
+    clips, files = media.real_clips(args, least=args.ipc)
+    output, s = parts.begin(args, {"training set": contract.digest(files)}), args.settings
     if not output.todo:
         return
 

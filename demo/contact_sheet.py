@@ -26,7 +26,7 @@ COLUMNS = ("real", "prototype", "generated", "composed")
 
 
 def parse_args():
-    return contract.parse(contract.arguments(__file__, __doc__, {"demo": common.DATASETS["demo"]}))
+    return contract.parse(contract.arguments(__file__, __doc__, media.find_data_set))
 
 
 def draw(rows):

@@ -67,10 +67,12 @@ OPTIONS = ("work_dir", "data_root", "model", "seed", "limit", "device", "threads
 
 
 def parse_args():
-    parser = contract.arguments(__file__, __doc__, {"demo": common.DATASETS["demo"]}, ipc=False)
+    parser = contract.arguments(__file__, __doc__, media.find_data_set, ipc=False)
     parser.add_argument("experiment", choices=EXPERIMENTS, help="see above")
     parser.add_argument("ipc", type=int, nargs="?", help="instances per class (5; settings 10)")
     args = contract.parse(parser)
+    if args.dataset != "demo":
+        parser.error("these are experiments on the demo")
     args.ipc = args.ipc or (10 if args.experiment == "settings" else 5)
     args.commands = []  # what `run` has run
     return args

@@ -34,7 +34,7 @@ from transformers import VideoMAEConfig, VideoMAEForVideoClassification  # noqa:
 import common  # noqa: E402
 import media  # noqa: E402
 
-SPEC = common.DATASETS["demo"]
+SPEC = media.DATASETS["demo"]
 SEED = 0
 # 4 x 4 patches of 12 px and 8 pairs of frames: 128 tokens, 1.1 M parameters.
 SHAPE = dict(

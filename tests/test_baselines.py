@@ -736,7 +736,7 @@ def test_rows_of_run_all_and_that_the_scripts_take_them(tmp_path, monkeypatch):
 def test_estimates_and_dry_runs(world):
     for method, hours in (("dm", 0.9), ("frepo", 0.75), ("static_dc", 0.28), ("mtt", 3.5)):
         module = load(f"baselines/{method}.py")
-        spec = common.DATASETS["miniucf"]
+        spec = media.DATASETS["miniucf"]
         values = {"dataset": "miniucf", "ipc": 5, "spec": spec, "classes": spec["classes"], "limit": None}
         values |= {"method": method, "name": method, "dynamic": False}
         args = Namespace(**values, settings=parts.find_settings(method, "miniucf", 5))

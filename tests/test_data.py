@@ -2,15 +2,18 @@
 
 import contract
 
+import argparse
 import hashlib
 import os
+import re
 import shutil
+import subprocess
 
 import av
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, Place, load, write_video
+from conftest import CLASSES, REPO, Place, load, write_video
 
 import common
 import media
@@ -32,8 +35,8 @@ HMDB51_TRAIN = """77 77 72 79 100 78 82 97 73 115 134 78 106 86 77 75 83 97 88 1
     ("dataset", "split", "count", "sha256"), [line.split() for line in LISTS.splitlines()[1:]]
 )
 def test_official_lists(real_data, dataset, split, count, sha256):
-    clips = [clip for clip in STAGE.list_clips(dataset, real_data) if clip[2] == split]
-    names, spec = "\n".join(sorted(clip[1] for clip in clips)), common.DATASETS[dataset]
+    clips = [clip for clip in media.list_official(dataset, real_data) if clip[2] == split]
+    names, spec = "\n".join(sorted(clip[1] for clip in clips)), media.DATASETS[dataset]
     assert hashlib.sha256(names.encode()).hexdigest() == sha256
     assert len(clips) == int(count) == spec["clips"][split == "test"]
     assert all(f"{label}_".lower() in name.lower() for label, name, _, _ in clips)  # HandStandPushups
@@ -76,7 +79,7 @@ def test_windows_are_added_to_a_finished_folder(latents, tmp_path):
     assert {*after} == {*before} | new
     assert {name for name in before if before[name] != after[name]} == {"demo/01_clips/manifest.json"}
     assert whole.files() == {name: data for name, data in after.items() if "/01_" in name}
-    clips, spec = np.load(place.work / "demo/01_clips/windows/test/Walk.npy"), common.DATASETS["demo"]
+    clips, spec = np.load(place.work / "demo/01_clips/windows/test/Walk.npy"), media.DATASETS["demo"]
     assert clips.shape == (2, 3, 16, 48, 48, 3)
     for row, views in zip(contract.read(place.work / "demo/01_clips/test/Walk.csv"), clips, strict=True):
         video = media.read_video(place.data / f"demo/UCF-101/Walk/{row['name']}.avi")
@@ -173,7 +176,7 @@ def test_latents_decode_to_the_clip(tmp_path):
 
 
 def test_short_portrait_and_long_videos(tmp_path):
-    spec, path = common.DATASETS["hmdb51"], tmp_path / "-a#1[b]!&;(c)%@.avi"
+    spec, path = media.DATASETS["hmdb51"], tmp_path / "-a#1[b]!&;(c)%@.avi"
     for count, size in ((1, (40, 32)), (3, (24, 64)), (200, (64, 48))):
         write_video(path, count, 0, size)
         video = media.read_video(path)
@@ -206,7 +209,7 @@ def test_hmdb51_with_and_without_unused_clips(empty, tmp_path):
         "x y_hug_f_cm_np1_ba_med_1",
         "a#1[b]!&;(c)%@~_hug_f_cm_np1_ba_med_0",
     ]
-    for label in common.DATASETS["hmdb51"]["classes"]:
+    for label in media.DATASETS["hmdb51"]["classes"]:
         lines = [
             f"{name}.avi {mark} \n" for name, mark in zip(names, (1, 0, 2), strict=True) if label == "hug"
         ]
@@ -221,3 +224,73 @@ def test_hmdb51_with_and_without_unused_clips(empty, tmp_path):
         assert [(row["name"], row["official"]) for row in rows] == [*zip(names, "10", strict=False)][:count]
         assert np.load(place.work / "hmdb51/01_latents/hug.npy").shape == (count, 16, 4, 8, 16)
         assert np.load(place.work / "hmdb51/01_clips/windows/test/hug.npy").shape == (1, 3, 16, 112, 112, 3)
+
+
+@pytest.fixture
+def own(empty, tmp_path):
+    """The demo's clips as one's own folder: `mine/{train,test}/<class>/*.avi`."""
+    root = tmp_path / "data/mine"
+    for split, label in ((split, label) for split in ("train", "test") for label in CLASSES):
+        lines = (empty.data / f"demo/ucfTrainTestlist/{split}list01.txt").read_text().split()
+        for name in (line for line in lines if line.startswith(f"{label}/")):
+            (root / split / label).mkdir(parents=True, exist_ok=True)
+            shutil.copy(empty.data / "demo/UCF-101" / name, root / split / name)
+    return Place(tmp_path / "data", empty.model, tmp_path / "work", "mine")
+
+
+def test_ones_own_folder_gives_what_the_demo_gives(own, sampled):
+    shutil.copy(REPO / "prompts/demo.json", own.data / "mine/prompts.json")
+    for script, words in (("01", ("--size", "32x32")), ("02", ()), ("03", ("--cfg", 2)), ("04", ())):
+        code, text = own.run(script, *words)
+        assert code == 0, text
+    mine, demo = ({n.split("/", 1)[1]: data for n, data in place.files().items()} for place in (own, sampled))
+    kinds = re.compile(r"(01_latents|02_|03_).*\.(npy|csv|mp4)|04_.*mp4|01_clips.*csv")
+    assert {n: mine[n] for n in mine if kinds.match(n)} == {n: demo[n] for n in demo if kinds.match(n)}
+    assert np.load(own.work / "mine/01_clips/train/Walk.npy").shape == (5, 1, 16, 112, 112, 3)
+    code, text = own.run("05", "--train-on", "random", "--repeats", 1)
+    assert code == 0, text
+    result = next((own.work / "mine/05_results/ipc2/random").rglob("result.json"))
+    assert (contract.read(result)["test clips"], result.parent.name) == (4, "minic3d__hard__gvd")
+    assert "fresh" in own.run("01")[1]  # of the size for which it was last asked
+
+
+def test_ones_own_classes_endings_and_test_split(own):
+    (root := own.data / "mine").joinpath("test").rename(root / "later")
+    (root / "train/Wave").rename(root / "train/TaiChi - slow_motion")
+    for path, ending in zip(
+        sorted((root / "train/Walk").iterdir()), ("MP4", "mkv", "WebM", "m4v", "mov"), strict=True
+    ):
+        path.rename(path.with_name(f"clip {path.stem[-5:-4]}.{ending}"))
+    own = own._replace(classes="TaiChi - slow_motion,Walk")
+    code, text = own.run("01", "--size", "32x32", "--val", 0.4)
+    assert code == 0, text
+    rows = [contract.read(own.work / f"mine/01_clips/{split}/Walk.csv") for split in ("train", "test")]
+    assert [[row["name"] for row in of_split] for of_split in rows] == [
+        ["clip 0", "clip 1", "clip 2"],
+        ["clip 3", "clip 4"],
+    ]
+    args = argparse.Namespace(
+        prompt_file=None, dataset="mine", data_root=own.data, classes=own.classes.split(",")
+    )
+    assert common.read_prompts(args)["TaiChi - slow_motion"] == "a video of tai chi slow motion"
+    assert own.run("02")[0] == own.run("03")[0] == 0
+
+
+ODD = {  # a command in the folder of one's own clips: what stage 01 says
+    "mv train other": "data/mine/train has no classes",
+    "rm train/Walk/*": "mine/train/Walk: too few videos",
+    "rm test/Walk/*": "mine/test/Walk: too few videos",
+    "touch train/labels.csv": "train/labels.csv' is no class",
+    "mkdir train/Run": "class Run is not in both splits",
+    "mv test/Wave test/wave": "class Wave is not in both splits",
+    "touch train/Walk/notes.txt": "train/Walk/notes.txt' is no video file",
+    "cp train/Walk/v_Walk_g10_c01.avi train/Walk/v_Walk_g10_c01.mp4": "another video has this name",
+    "touch train/Walk/a.mp4": "train/Walk/a.mp4: empty file",
+}
+
+
+@pytest.mark.parametrize("command", ODD)
+def test_odd_folders_are_named(own, command):
+    subprocess.run(command, shell=True, check=True, cwd=own.data / "mine")
+    code, text = own.run("01", "--size", "32x32")
+    assert code == 3 and ODD[command] in text and "Traceback" not in text, text

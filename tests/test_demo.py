@@ -77,7 +77,7 @@ def test_killed_training_ends_with_the_same_weights(empty, tmp_path, program, ki
 @torch.inference_mode()
 def test_shipped_models_fit_their_world():
     """On a new clip of each class: reconstruction, noise prediction (eq. 3), classes."""
-    folder, spec, cpu = common.DEMO_MODEL, common.DATASETS["demo"], torch.device("cpu")
+    folder, spec, cpu = common.DEMO_MODEL, media.DATASETS["demo"], torch.device("cpu")
     assert sum(p.stat().st_size for p in folder.parent.rglob("*") if p.is_file()) < 16 * 2**20
     common.check_model(folder, folder / "unet")
     vae, unet = (common.load_part(folder / part, part, cpu, torch.float32) for part in ("vae", "unet"))

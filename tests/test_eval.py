@@ -389,7 +389,7 @@ def test_soft_labels_of_a_distilled_set(place, videomae, tmp_path):
     folder, network = place.work / "demo/05_labels/ipc2/gvd", vm.load(teacher, CPU)
     for label in CLASSES:
         names, videos = names_in(folder / f"{label}.csv"), place.work / "demo/04_distilled/ipc2/gvd"
-        clips = media.network_clips(videos, names, common.DATASETS["demo"])
+        clips = media.network_clips(videos, (names, None), media.DATASETS["demo"])
         logits = vm.run(*network, clips)[1][:, [2, 0]]  # walk, Wave
         assert (np.load(folder / f"{label}.npy") == logits.numpy()).all()
         assert names == [f"{label}/0.mp4", f"{label}/1.mp4"]
@@ -538,7 +538,7 @@ def test_outputs_are_matched_by_name():
     for outputs in (["Walk"], ["Walk", "Punch", "punch"]):
         with pytest.raises(contract.ContractError, match="no output, or several.* 1 of 2 classes: Punch"):
             columns(outputs, ["Walk", "Punch"])
-    ucf101, miniucf = (common.DATASETS[name]["classes"] for name in ("ucf101", "miniucf"))
+    ucf101, miniucf = (media.DATASETS[name]["classes"] for name in ("ucf101", "miniucf"))
     outputs = [c.replace("HandstandPushups", "HandStandPushups") for c in ucf101]
     assert columns(outputs, ucf101) == list(range(101))
     assert [ucf101[i] for i in columns(outputs, miniucf)] == miniucf

@@ -13,6 +13,7 @@ from conftest import CLASSES, REPO, load
 from diffusers import DDIMScheduler
 
 import common
+import media
 
 TOOL, WEIGHTS, CPU = "tools/finetune_unet.py", "diffusion_pytorch_model.safetensors", torch.device("cpu")
 TINY = ("--steps", 6, "--batch", 4, "--dtype", "float32")
@@ -241,7 +242,7 @@ def test_the_default_unet_is_the_published_one(tuned, monkeypatch, dataset):
 
 @pytest.mark.parametrize("dataset", ["hmdb51", "miniucf"])
 def test_the_default_unet_is_tuned_on_the_classes_asked_for(tuned, tmp_path, monkeypatch, dataset):
-    stage, classes = load("03"), common.DATASETS[dataset]["classes"]
+    stage, classes = load("03"), media.DATASETS[dataset]["classes"]
     place = tuned._replace(work=tmp_path, dataset=dataset, classes=",".join(classes))
     unet = tmp_path / dataset / "03_unet/default"
 

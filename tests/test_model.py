@@ -15,6 +15,7 @@ from conftest import REPO, load
 from transformers import CLIPTokenizer
 
 import common
+import media
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "pytorch_model"}
@@ -170,7 +171,7 @@ def test_random_weights_load_and_repeat(tmp_path, monkeypatch):
     assert len({*ids[1:11]}) > 5 and max(ids[1:11]) < 512
 
 
-@pytest.mark.parametrize("dataset", sorted(common.DATASETS))
+@pytest.mark.parametrize("dataset", sorted(media.DATASETS))
 def test_every_class_has_one_descriptive_sentence(dataset):
     prompts = json.loads((REPO / "prompts" / f"{dataset}.json").read_text())
     assert len(prompts) == {"hmdb51": 51, "ucf101": 101, "miniucf": 50, "demo": 8}[dataset]
@@ -184,7 +185,7 @@ def test_every_class_has_one_descriptive_sentence(dataset):
 def test_prompts_fit_the_text_encoder(real_data):
     """By CLIP's own vocabulary; the longest has 29 tokens with its two ends."""
     tokenizer = CLIPTokenizer.from_pretrained(real_data / "clip_tokenizer")
-    for file in common.DATASETS:
+    for file in media.DATASETS:
         prompts = json.loads((REPO / "prompts" / f"{file}.json").read_text())
         assert max(len(tokenizer(p).input_ids) for p in prompts.values()) <= tokenizer.model_max_length == 77
 

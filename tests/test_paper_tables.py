@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import REPO, load
 
-import common
+import media
 
 tables, paper_tables, claims = (load(f"tools/{name}.py") for name in ("tables", "paper_tables", "claims"))
 LIST = dict.fromkeys(tables.LIST, "")
@@ -87,7 +87,7 @@ def test_older_sets_are_marked(place):
 def test_both_real_data_sets_and_the_paper(tmp_path, empty):
     """Invented results, joined, beside the paper's; another protocol only where the own is missing."""
     place = empty._replace(
-        work=tmp_path, dataset="hmdb51", classes=",".join(common.DATASETS["hmdb51"]["classes"])
+        work=tmp_path, dataset="hmdb51", classes=",".join(media.DATASETS["hmdb51"]["classes"])
     )
     gvd = {"ipc": 20, "set": "gvd", "top1": 20.0}
     rows = [gvd, gvd | {"protocol": "dancing", "top1": 50.0}, gvd | {"set": "random", "top1": 15.0}]

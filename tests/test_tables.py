@@ -112,7 +112,7 @@ def test_metrics_of_the_chain(place, videomae):
 
     # The row of gvd once more, from the files.
     network, scale = vm.load(videomae, torch.device("cpu"))
-    spec, real, found = common.DATASETS["demo"], {}, {}
+    spec, real, found = media.DATASETS["demo"], {}, {}
     for label in CLASSES:
         clips = np.load(place.work / f"demo/01_clips/train/{label}.npy")[:, 0]
         real[label] = metrics.unit_length(vm.run(network, scale, clips)[0])
@@ -144,7 +144,7 @@ def test_score_is_that_of_the_network(place):
         for index, label in enumerate(CLASSES):
             files = sorted((place.work / "demo" / folder / "ipc2/gvd" / label).glob("*.mp4"))
             assert len(files) == count
-            clips = [media.network_clip(media.read_video(file), common.DATASETS["demo"]) for file in files]
+            clips = [media.network_clip(media.read_video(file), media.DATASETS["demo"]) for file in files]
             x = (np.stack(clips) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
             with torch.inference_mode():
                 logits = network(torch.from_numpy(x).float().permute(0, 4, 1, 2, 3))
@@ -263,7 +263,7 @@ def test_bytes_by_one_measure(place, tmp_path):
     record = contract.read(place.work / "demo/04_distilled/ipc2/gvd/manifest.json")
     contract.save(arrays / "manifest.json", record | {"outputs": outputs})
     assert place.run("tools/mp4_bytes.py")[0] == place.run("tools/tables.py")[0] == 0
-    sizes, spec = contract.read(place.work / "demo/mp4_bytes.json"), common.DATASETS["demo"]
+    sizes, spec = contract.read(place.work / "demo/mp4_bytes.json"), media.DATASETS["demo"]
     media.write_mp4(tmp_path / "a.mp4", clip)
     name = contract.read(place.work / "demo/01_clips/train/Walk.csv")[3]["name"]
     assert sizes["real"]["Walk"][name] == (tmp_path / "a.mp4").stat().st_size

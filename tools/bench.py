@@ -46,7 +46,7 @@ SGD = {"momentum": 0.9, "weight_decay": 5e-4}  # of stage 05
 
 
 def parse_args():
-    parser = contract.arguments(__file__, __doc__, common.DATASETS, ipc=False)
+    parser = contract.arguments(__file__, __doc__, media.find_data_set, ipc=False)
     add, folder = parser.add_argument, contract.ROOT / "results" / "bench"
     add("--parts", nargs="+", choices=PARTS, default=[*PARTS], help="some of them (all)")
     add("--steps", type=int, default=25, help="sampling: DDIM steps (25)")

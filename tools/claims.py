@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import contract  # noqa: E402  isort: skip
-import common  # noqa: E402
+import media  # noqa: E402
 
 OWN = ("gvd", "gvd, soft labels")
 PRIOR = ("random", "herding", "kcenter", "dm", "mtt", "frepo", "static_dc", "dm+d", "mtt+d", "frepo+d")
@@ -51,7 +51,7 @@ ORDERS = (  # claim, table, the higher row, the lower row, columns ("": all), th
 
 
 def parse_args():
-    return contract.parse(contract.arguments(__file__, __doc__, common.DATASETS, ipc=False))
+    return contract.parse(contract.arguments(__file__, __doc__, media.find_data_set, ipc=False))
 
 
 def read_tables(folder):

@@ -21,11 +21,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import contract  # noqa: E402  isort: skip
-import common  # noqa: E402
+import media  # noqa: E402
 
 
 def parse_args():
-    parser = contract.arguments(__file__, __doc__, common.DATASETS)
+    parser = contract.arguments(__file__, __doc__, media.find_data_set)
     parser.add_argument("--protocol", help="of the network that gives the features (gvd; demo: demo)")
     args = contract.parse(parser)
     args.protocol = args.protocol or ("demo" if args.dataset == "demo" else "gvd")

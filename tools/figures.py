@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import contract  # noqa: E402  isort: skip
 import numpy as np  # noqa: E402
 
-import common  # noqa: E402
 import media  # noqa: E402
 
 BARS = ("fig7a", "fig7b", "fig7c", "fig7d", "fig8", "fig9", "fig10", "efficiency")
@@ -34,7 +33,7 @@ SHOWN = range(0, 16, 2)  # frames of a strip
 
 
 def parse_args():
-    return contract.parse(contract.arguments(__file__, __doc__, common.DATASETS))
+    return contract.parse(contract.arguments(__file__, __doc__, media.find_data_set))
 
 
 def canvas(rows=1, columns=1, width=7.0, height=4.0):

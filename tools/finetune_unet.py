@@ -34,6 +34,7 @@ import torch  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import common  # noqa: E402
+import media  # noqa: E402
 
 # The paper states none of these
 STEPS = {"demo": 300}  # every other data set:
@@ -59,7 +60,7 @@ GB_PER_CLIP = 5  # of a forward at 448x256, kept for the backward pass; by count
 
 
 def parse_args():
-    parser = contract.arguments(__file__, __doc__, common.DATASETS, ipc=False)
+    parser = contract.arguments(__file__, __doc__, media.find_data_set, ipc=False)
     add = parser.add_argument
     add("--name", default="default", help="name of the folder (default)")
     add("--prompt-file", type=Path, help="JSON {class: prompt} (prompts/<data set>.json)")

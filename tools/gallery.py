@@ -76,7 +76,7 @@ RATE = 8  # frames per second of the stages' .mp4
 
 
 def parse_args():
-    parser = contract.arguments(__file__, __doc__, common.DATASETS)
+    parser = contract.arguments(__file__, __doc__, media.find_data_set)
     parser.add_argument("--sets", default="naive,knoise,gvd", help="of stages 03 and 04 (naive,knoise,gvd)")
     return contract.parse(parser)
 

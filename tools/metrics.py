@@ -58,7 +58,7 @@ STEPS = {"samples": "03_samples", "distilled": "04_distilled"}  # where sets are
 
 
 def parse_args():
-    parser = contract.arguments(__file__, __doc__, common.DATASETS)
+    parser = contract.arguments(__file__, __doc__, media.find_data_set)
     add = parser.add_argument
     add("--sets", metavar="A,B", help="names of stages 03 and 04, or folders of <class>/*.mp4 (all names)")
     add("--teacher", metavar="MODEL", help="VideoMAE, folder or hub name (the data set's own)")
@@ -156,13 +156,11 @@ def find_sets(args):
     return sets
 
 
-def read_set(args, step, folder, ending=".mp4"):
+def read_set(args, folder, ending=".mp4"):
     """A set's videos at network size {class: uint8 [m, 16, S, S, 3]}, their hash and their bytes."""
-    script = "03_guided_sample.py" if step == "samples" else "04_mvic_compose.py"
-    fix = contract.command(args, script, "--name", folder.name)
-    videos, files, size = videomae.find_videos(args, folder.absolute(), fix, ending)
-    clips = {c: media.network_clips(folder, names, args.spec) for c, names in videos.items()}
-    return clips, contract.digest(files), size
+    videos, files, _ = media.find_videos(args, folder, ending)
+    clips = {c: media.network_clips(folder, of_class, args.spec) for c, of_class in videos.items()}
+    return clips, contract.digest(files), media.set_bytes(folder, files)
 
 
 def select_random(count, ipc, seed, repeat, label):
@@ -208,14 +206,14 @@ def score_sets(args, sets):
     """Writes score.json of each set."""
     network, known, short = load_network(args)
     for name, step, folder in sets:
-        videos, made_of, _ = read_set(args, step, folder)
+        videos, made_of, _ = read_set(args, folder)
         result = {"set": name + "-samples" * (step == "samples"), "videos made of": made_of, "short": short}
         result |= score(network, known, videos)
         if step == "samples":
-            videos, _, _ = read_set(args, step, folder, "_0.mp4")
+            videos, _, _ = read_set(args, folder, "_0.mp4")
             result["first draw"] = score(network, known, videos)
         save_score(args, result)
-    real, files = videomae.real_clips(args)  # the training clips of the network itself
+    real, files = media.real_clips(args)  # the training clips of the network itself
     result = {"set": "full", "videos made of": contract.digest(files), "short": short}
     save_score(args, result | score(network, known, {c: clips[:, 0] for c, (_, clips) in real.items()}))
 
@@ -273,7 +271,7 @@ def main(args):
         return contract.say(f"metrics {contract.plan(args.estimate['metrics'])}")
     if args.score:
         return score_sets(args, sets)
-    real, files = videomae.real_clips(args)
+    real, files = media.real_clips(args)
     if few := [(c, len(names)) for c, (names, _) in real.items() if len(names) < max(2, args.ipc)]:
         raise contract.ContractError(f"too few training clips of {few[0][0]}", max(2, args.ipc), few[0][1])
     folder = videomae.model_folder(args)
@@ -291,7 +289,7 @@ def main(args):
     num_videos = args.ipc * len(args.classes)
     for name, step, place in sets:
         before = step == "samples"  # then draw 0 alone
-        videos, inputs[f"{step} {name}"], stored = read_set(args, step, place, "_0.mp4" if before else ".mp4")
+        videos, inputs[f"{step} {name}"], stored = read_set(args, place, "_0.mp4" if before else ".mp4")
         found = {c: videomae.run(network, scale, clips) for c, clips in videos.items()}
         count, values = sum(map(len, videos.values())), [measure(points, limits, found, columns)]
         measured.append(row_of(name + ", before composition" * before, step, count, stored, values))

@@ -16,10 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import contract  # noqa: E402  isort: skip
-import numpy as np  # noqa: E402
-import videomae  # noqa: E402
 
-import common  # noqa: E402
 import media  # noqa: E402
 
 SECONDS = {"demo": 0.006}  # per clip, on one CPU core; any other data set, by estimate:
@@ -27,7 +24,7 @@ SECONDS_FULL = 0.05
 
 
 def parse_args():
-    return contract.parse(contract.arguments(__file__, __doc__, common.DATASETS, ipc=False))
+    return contract.parse(contract.arguments(__file__, __doc__, media.find_data_set, ipc=False))
 
 
 def encoded(clips):
@@ -50,20 +47,14 @@ def main(args):
     if args.dry_run:
         return contract.say(f"mp4_bytes {contract.plan(args.estimate['mp4_bytes'])}")
     base, found = args.work_dir / args.dataset, {"real": {}, "sets": {}}
-    clips, _ = videomae.real_clips(args)
+    clips, _ = media.real_clips(args)
     for label, (names, array) in contract.bar(clips.items(), desc="real clips"):
         found["real"][label] = dict(zip(names, encoded(array[:, 0]), strict=True))
     for path in sorted(base.glob("04_distilled/ipc*/*/manifest.json")):
         if ".old-" in path.parent.name or not contract.read(path)["complete"]:
             continue
-        source = contract.Input(args, path.parent.relative_to(base), f"rm {path}")
-        if "set.json" in source.outputs:  # float16 [n, variants, 16, S, S, 3] in grey levels
-            source.check(files := [f"{c}.npy" for c in args.classes])
-            grey = (np.rint(source.load(file)[:, 0].astype(np.float32)).clip(0, 255) for file in files)
-            clips = (values.astype(np.uint8) for values in grey)
-        else:
-            videos, _, _ = videomae.find_videos(args, path.parent.absolute(), source.fix)
-            clips = (media.network_clips(path.parent, files, args.spec) for files in videos.values())
+        videos, _, _ = media.find_videos(args, path.parent)
+        clips = (media.network_clips(path.parent, of_class, args.spec) for of_class in videos.values())
         found["sets"]["/".join(path.parts[-3:-1])] = sum(sum(encoded(of_class)) for of_class in clips)
     contract.save(base / "mp4_bytes.json", found)
     contract.say(base / "mp4_bytes.json")

@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import contract  # noqa: E402  isort: skip
 import common  # noqa: E402
+import media  # noqa: E402
 
 IPCS, ABLATIONS = (1, 5, 10, 20), 5  # of Table 1 (demo: without 20); of Tables 3 and 4, Fig. 7 d, 9 and 10
 BASELINES = ("dm", "mtt", "frepo", "static_dc", "dm+d", "mtt+d", "frepo+d")
@@ -54,7 +55,7 @@ CELL = ("value", "std", "n", "protocol", "note", "paper", "paper_std", "mark")
 
 
 def parse_args():
-    return contract.parse(contract.arguments(__file__, __doc__, common.DATASETS, ipc=False))
+    return contract.parse(contract.arguments(__file__, __doc__, media.find_data_set, ipc=False))
 
 
 # --- what is on the disk ----------------------------------------------------------------------------------
@@ -68,7 +69,7 @@ class Results:
 
     def __init__(self, args, dataset):
         self.dataset, self.base = dataset, args.work_dir / dataset
-        self.classes = args.classes if dataset == args.dataset else common.DATASETS[dataset]["classes"]
+        self.classes = args.classes if dataset == args.dataset else media.DATASETS[dataset]["classes"]
         path, own, self.found = self.base / "tables/results.csv", "demo" if dataset == "demo" else "gvd", {}
         rows = contract.read(path) if path.exists() else []
         for row in sorted(rows, key=lambda row: row["protocol"] == own):  # another protocol: only without own

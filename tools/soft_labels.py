@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import contract  # noqa: E402  isort: skip
 import videomae  # noqa: E402
 
-import common  # noqa: E402
 import media  # noqa: E402
 
 SECONDS = {"demo": 0.02}  # per clip on two CPU cores; any other data set on an A100, by estimate:
@@ -30,7 +29,7 @@ SECONDS_FULL = 0.026
 
 
 def parse_args():
-    parser = contract.arguments(__file__, __doc__, common.DATASETS, ipc="?")
+    parser = contract.arguments(__file__, __doc__, media.find_data_set, ipc="?")
     add = parser.add_argument
     add("--train-on", default="gvd", metavar="SET", help="the set, as in stage 05 (gvd)")
     add("--teacher", metavar="MODEL", help="VideoMAE, folder or hub name (the data set's own)")
@@ -53,13 +52,12 @@ def estimate(args):
 def main(args):
     if args.real:
         place, args.limit = "full/real" + "-windows" * args.windows, None  # all clips, whatever 05 uses
-        clips, files = videomae.real_clips(args, "train", args.windows)
+        clips, files = media.real_clips(args, "train", args.windows)
     else:
         folder = args.work_dir / args.dataset / f"04_distilled/ipc{args.ipc}" / args.train_on
         folder = folder if folder.is_dir() or not Path(args.train_on).is_dir() else Path(args.train_on)
         place = f"ipc{args.ipc}/{folder.resolve().name}"
-        fix = contract.command(args, "04_mvic_compose.py", "--name", folder.name)
-        videos, files, _ = videomae.find_videos(args, folder.absolute(), fix)
+        clips, files, _ = media.find_videos(args, folder)
     inputs, name = {"videos": contract.digest(files)}, Path(videomae.model_name(args)).name
     try:
         teacher = videomae.model_folder(args)
@@ -82,10 +80,8 @@ def main(args):
     columns = videomae.output_columns(network, args.classes, teacher)
     contract.save(output.folder / "classes.csv", [("name",), *((c,) for c in args.classes)])
     for label in contract.bar(args.classes, desc="soft labels"):
-        if args.real:
-            names, array = clips[label][0], clips[label][1][:, 0]
-        else:
-            names, array = videos[label], media.network_clips(folder, videos[label], args.spec)
+        names, array = clips[label]
+        array = array[:, 0] if args.real else media.network_clips(folder, clips[label], args.spec)
         _, logits = videomae.run(network, scale, array)
         contract.save(output.folder / f"{label}.npy", logits[:, columns].numpy())
         contract.save(output.folder / f"{label}.csv", [("name",), *((name,) for name in names)])

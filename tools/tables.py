@@ -25,6 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import contract  # noqa: E402  isort: skip
 import common  # noqa: E402
+import media  # noqa: E402
 
 HARD, SOFT = ("random", "herding", "kcenter", "gvd", "full"), ("random", "gvd")  # Table 1's rows by labels
 PLACE = {"random": 0, "herding": 1, "kcenter": 2, "full": 4}  # of a set's rows; generated sets: 3, by name
@@ -46,7 +47,7 @@ OF_PAPER = "Paper: as far as its text lets it be computed, the better one of its
 
 
 def parse_args():
-    parser = contract.arguments(__file__, __doc__, common.DATASETS, ipc="?")
+    parser = contract.arguments(__file__, __doc__, media.find_data_set, ipc="?")
     folder = {"type": Path, "metavar": "FOLDER", "nargs": "?", "const": contract.ROOT / "results"}
     parser.add_argument("--results", **folder, help="copy complete results to FOLDER (results)")
     return contract.parse(parser)

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import contract  # noqa: E402  isort: skip
 import videomae  # noqa: E402
 
-import common  # noqa: E402
+import media  # noqa: E402
 
 KINETICS = "MCG-NJU/videomae-base-finetuned-kinetics"  # weights CC-BY-NC 4.0
 PENALTY = 1e-2  # of the regression: half of it times the squared weights on standardised features
@@ -37,7 +37,7 @@ SECONDS, SECONDS_STEP = 0.01, 0.02  # per clip of features, of a training epoch:
 
 
 def parse_args():
-    parser = contract.arguments(__file__, __doc__, common.DATASETS, ipc=False)
+    parser = contract.arguments(__file__, __doc__, media.find_data_set, ipc=False)
     add = parser.add_argument
     add("--backbone", default=KINETICS, metavar="MODEL", help=f"VideoMAE, folder or hub name ({KINETICS})")
     add("--whole", action="store_true", help="train all weights, beginning with the fitted classifier")
@@ -146,8 +146,8 @@ def estimate(args):
 
 
 def main(args):
-    clips, files = videomae.real_clips(args)
-    test_clips, _ = videomae.real_clips(args, "test")
+    clips, files = media.real_clips(args)
+    test_clips, _ = media.real_clips(args, "test")
     if empty := [c for c in args.classes if not (clips[c][0] and test_clips[c][0])]:
         raise contract.ContractError(
             f"no clip of {empty[0]}", fix="get the whole data set, or choose --classes"

@@ -138,32 +138,3 @@ def output_columns(network, classes, folder):
         found = f"{len(labels)} outputs: {', '.join([*labels.values()][:5])} ..."
         raise contract.ContractError(what, "a VideoMAE fine-tuned on the data set", found)
     return [outputs[plain(c)][0] for c in classes]
-
-
-def real_clips(args, split="train", windows=False):
-    """Clips of 01 {class: ([name], uint8 [n, windows, 16, S, S, 3], on the disk)}, and {file: sha256}."""
-    fix = contract.command(args, "01_encode_latents.py", *["--windows"] * windows)
-    source, clips, side = contract.Input(args, "01_clips", fix), {}, args.spec["side"]
-    folders = {"npy": f"windows/{split}" if windows else split, "csv": split}
-    files = source.check(f"{folder}/{c}.{k}" for c in args.classes for k, folder in folders.items())
-    for label in args.classes:
-        names = [row["name"] for row in source.load(f"{split}/{label}.csv")]
-        shape = (len(names), None, common.NUM_FRAMES, side, side, 3)
-        array = source.load(f"{folders['npy']}/{label}.npy", shape, "uint8")
-        clips[label] = names[: args.limit], array[: args.limit]
-    return clips, files
-
-
-def find_videos(args, folder, fix, ending=".mp4"):
-    """Videos {class: [file]} of a stage's folder, or any of <class>/*.mp4, {file: sha256}, and all bytes."""
-    source, there = None, [path.relative_to(folder).as_posix() for path in folder.glob("*/[!.]*.mp4")]
-    if (folder / "manifest.json").exists() or not folder.is_dir():
-        source = contract.Input(args, folder.absolute(), fix)
-        there = source.outputs
-    there = sorted(name for name in there if name.endswith(ending))
-    videos = {c: [n for n in there if n.startswith(f"{c}/")][: args.limit] for c in args.classes}
-    if empty := [c for c in args.classes if not videos[c]]:
-        raise contract.ContractError(f"{folder / empty[0]}: no video", f"*{ending} of each class", fix=fix)
-    names = [name for of_class in videos.values() for name in of_class]
-    files = source.check(names) if source else {name: contract.sha256(folder / name) for name in names}
-    return videos, files, sum((folder / name).stat().st_size for name in names)
