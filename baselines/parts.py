@@ -98,7 +98,7 @@ def setting(word):
 
 def parse(script, doc, dynamic=True, also=()):
     """The arguments of a baseline, with `settings` {name: value}. also: further entries of SETTINGS."""
-    parser = contract.arguments(script, doc, media.DATASETS)
+    parser = contract.arguments(script, doc, media.find_data_set)
     add = parser.add_argument
     parser.set_defaults(dynamic=False)
     if dynamic:
