@@ -76,7 +76,8 @@ def find_clips(args):
             absent.append(path)
     present = f"{len(listed) - len(absent):,} of {len(listed):,} listed clips"
     if absent and not (args.partial and root.is_dir()):
-        raise media.missing(args.dataset, args.data_root, absent[0], f"{present}; --partial works with those")
+        found = f"{present}; --partial works with those"
+        raise media.missing(args.dataset, args.data_root, absent[0], found, {*absent})
     if absent:
         empty = [label for label in clips if not clips[label]]
         contract.say("; none of ".join([f"01 partial: {present} are present", *empty]))

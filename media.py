@@ -2,6 +2,7 @@
 
 from contract import ROOT, ContractError, Input, Missing, atomic, command, read, read_record, sha256
 
+import os
 import re
 import shlex
 from pathlib import Path
@@ -13,7 +14,7 @@ from common import NUM_FRAMES
 NAME = r"(?!\.{1,2}\.avi)(?P<name>[ -.0-\[\]-~]{1,240})\.avi"  # ASCII without / and \: stays in its folder
 HMDB51_LINE = NAME + r" (?P<mark>[012])"  # of <class>_test_split1.txt; marks: (split, official)
 HMDB51_MARKS = {"0": ("train", 0), "1": ("train", 1), "2": ("test", 1)}
-UCF101_LINE = r"(?P<label>\w+)/" + NAME + r"(?: \d+)?"  # the training list has the class's number
+UCF101_LINE = r"(?P<label>\w+)[/\\]" + NAME + r"(?: \d+)?"  # the training list has the class's number
 ENDINGS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v")  # of one's own videos, in any case
 # At least 38 dB on real frames. The macroblock tree and processor-dependent code do not repeat their bytes.
 X264 = {"crf": "12", "tune": "psnr", "flags": "+bitexact", "x264-params": "cpu-independent=1:mbtree=0"}
@@ -132,19 +133,33 @@ def list_folder(root, args):
     return clips
 
 
-def missing(dataset, data_root, path, found=None):
-    """What to raise when a part of the data set is not there."""
-    fix = "unpack the data set there, as docs/data.md says"
+def missing(dataset, data_root, path, found=None, absent=()):
+    """What to raise when a part of the data set is not there. absent: the listed videos that are missing."""
+    expected, names = f"{dataset}'s videos and official lists", {video.stem for video in absent}
     if dataset == "demo":
         fix = f"python demo/draw_videos.py --data-root {shlex.quote(str(data_root))}"
-    return Missing(f"{path} is missing", f"{dataset}'s videos and official lists", found, fix)
+        return Missing(f"{path} is missing", expected, found, fix)
+    other = sorted(p for p in data_root.rglob("*.*") if names and p.stem in names and p not in absent)
+    if not other:
+        fix = "unpack the data set there, as docs/data.md says"
+        return Missing(f"{path} is missing", expected, found, fix)
+    found = f"{found}; {len(other):,} videos of these names elsewhere, the first is {other[0]}"
+    place = shlex.quote(str(data_root / DATASETS[dataset]["videos"]))
+    label = "c=${f%/*}; c=${c##*/}"  # the class is the name of the folder; UCF101's names hold it
+    if dataset != "hmdb51":
+        label = "c=${n#v_}; c=${c%%_*}; c=${c/HandStandP/HandstandP}"
+    move = f'mkdir -p {place}/"$c" && mv -n "$f" {place}/"$c/${{n%.*}}.avi"'
+    script = shlex.quote(f"for f; do n=${{f##*/}}; {label}; {move}; done")
+    folder = shlex.quote(os.path.commonpath([video.parent for video in other]))
+    fix = f"find {folder} -name '*{other[0].suffix}' -exec bash -c {script} - {{}} +"
+    return Missing(f"{path} is missing", expected, found, fix)
+
+
+# --- video files
 
 
 class BadVideo(Exception):
     """A video file that cannot be decoded as a whole."""
-
-
-# --- video files
 
 
 def uniform_frames(count):

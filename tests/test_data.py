@@ -120,6 +120,29 @@ def test_missing_data_and_partial(fresh):
     assert "none of Walk\n" in fresh.run("01", "--partial", "--dry-run")[1]
 
 
+@pytest.mark.parametrize(
+    "layout", ["UCF-101/{split}/{label}/{name}.avi", "{name}.avi", "UCF-101/jumpingjack/{name}.avi",
+               "videos of it/{label}/{name}.avi", "UCF-101/{label}/{name}.mp4"],
+)  # fmt: skip
+def test_clips_elsewhere_are_found_and_the_command_mends_it(empty, tmp_path, layout):
+    place, source = (
+        Place(tmp_path / "data", empty.model, tmp_path / "work", "miniucf", "JumpingJack"),
+        empty.data,
+    )
+    for split, group in (("train", 10), ("test", 1)):
+        name, made = f"v_JumpingJack_g{group:02d}_c01", f"Walk/v_Walk_g{group:02d}_c01.avi"
+        lists = place.data / f"UCF101/ucfTrainTestlist/{split}list01.txt"
+        contract.save(lists, f"JumpingJack\\{name}.avi\n".encode())
+        path = place.data / "UCF101" / layout.format(split=split, label="JumpingJack", name=name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / "demo/UCF-101" / made, path)
+    code, text = place.run("01", "--size", "32x32")
+    assert code == 3 and "2 videos of these names elsewhere" in text, text
+    subprocess.run(text.split("to fix:  ")[1], shell=True, check=True)
+    code, text = place.run("01", "--size", "32x32")
+    assert code == 0, text
+
+
 def test_broken_videos_are_named_and_counted(fresh):
     """What is good is kept, and a repaired video concerns its class alone."""
     walk = sorted((fresh.data / "demo/UCF-101/Walk").glob("v_Walk_g1*"))
