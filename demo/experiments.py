@@ -3,8 +3,8 @@
   measure       is the world hard enough, is the model good enough, does it copy? Accuracy of a network of all
                 real clips, and on the order pair with frames in order, shuffled, or one frame 16 times; PSNR
                 of the VAE; generated videos that the network recognises; distances to the training clips
-  samplers      generated videos that the network recognises, by sampler: three seeds of k-means and noise;
-                all samplers of a seed start from the same noise
+  sets          accuracy by sampler over sets: noise, composition and network each of a seed of its own, as
+                every network on random real clips has clips of its own
   settings      accuracy by settings of 03 and 04 (SETTINGS) on a validation split of the training groups; the
                 demo's defaults are chosen here, never on its test clips
   compose-real  accuracy on real clips, composed by 04 like generated videos: what composition costs without a
@@ -17,18 +17,17 @@
                 tuned, tells "kick" from "punch" by a hundredth of an embedding's norm, captions by a third
 
 Reads:   the demo's videos (demo/draw_videos.py), the model (demo/models/t2v)
-Writes:  the stages' folders below work/demo, and there measured.json, samplers.csv, finetune.json,
+Writes:  the stages' folders below work/demo, and there measured.json, sets_ipc<K>.csv, finetune.json,
          03_samples/ipc<K>/real/; work/orders/{shuffled,one}/demo/01_clips/; below work/validation/demo
          settings.csv, take_over.csv, 03_samples/ipc<K>/take-over-<timestep>/
 Run:     python demo/experiments.py demo measure
          python demo/experiments.py demo compose-real 10
-Cost:    on two CPU cores, by estimate: measure 30 min, samplers 24, settings 40, compose-real 5, take-over
-         20, finetune 10, and once 14 for the network of all real clips
+Cost:    on two CPU cores, by estimate: measure 30 min, sets 80 at IPC 5, settings 40, compose-real 5,
+         take-over 20, finetune 10, and once 14 for the network of all real clips
 Expect:  demo/README.md has the figures that are measured with the shipped model
 """
 
 import argparse
-import itertools
 import shlex
 import statistics
 import subprocess
@@ -49,14 +48,9 @@ import media  # noqa: E402
 PAIR = ("SitDown", "StandUp")  # the same poses in opposite order
 PAIR_EPOCHS = 30  # enough for the network that sees the frames in order
 QUANTILES = {"least": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95}
-SEEDS = (0, 1, 2)
-SAMPLERS = {  # --cluster of 02, where the sampler reads prototypes, and options of 03
-    "naive": (None, ("--sampler", "naive")),
-    "knoise": ("dummy-video", ("--sampler", "knoise")),
-    "gvd-no-decay": ("direct", ("--decay", "none")),
-    "gvd": ("direct", ()),
-}
-DRAWS = 2  # samplers and finetune: videos per prototype, 80 in all at IPC 5
+SAMPLERS = {"gvd": ("direct", 10), "naive": ("direct", 5), "knoise": ("dummy-video", 5)}  # --cluster; sets
+RANDOM = 10  # sets: networks, each on random clips of its own
+DRAWS = 2  # finetune: videos per prototype, 80 in all at IPC 5
 SETTINGS = {"random": ("", ""), "cfg2": ("--cfg 2", ""), "cfg4": ("--cfg 4", "")}  # options of 03, of 04
 SOURCES, FPS = 4, 8  # compose-real: clips in a composed video (04 --pattern 4x4), frame rate (03)
 CFG, STEPS = 2.0, 25  # take-over: as 03 for the demo
@@ -231,7 +225,7 @@ def distances(args, sets):
     for name in sets:
         folder = args.work_dir / "demo" / f"03_samples/ipc{args.ipc}" / name
         videos = [path.relative_to(folder) for path in folder.glob("*/*.mp4")]
-        values[f"{name} samples"] = nearest(media.network_clips(folder, videos, args.spec), training)
+        values[f"{name} samples"] = nearest(media.network_clips(folder, (videos, None), args.spec), training)
     return values
 
 
@@ -256,23 +250,24 @@ def measure(args):
     report(args, "measured.json", measured)
 
 
-def samplers(args):
-    train_full(args)
-    for (sampler, (cluster, words)), seed in itertools.product(SAMPLERS.items(), SEEDS):
-        if cluster:  # the seed is part of a folder's identity, so each has its own
-            prototypes = f"{cluster}-seed{seed}"
-            options = ("--cluster", cluster, "--seed", seed, "--name", prototypes)
-            run(args, "02_kmeans_prototypes.py", args.ipc, *options)
-            words = (*words, "--prototypes", prototypes)
-        options = ("--draws", DRAWS, "--seed", seed, "--name", f"{sampler}-seed{seed}")
-        run(args, "03_guided_sample.py", args.ipc, *words, *options)
-    rates = recognised(args, [f"{sampler}-seed{seed}" for sampler in SAMPLERS for seed in SEEDS])
-    rows = [("sampler", "videos", "mean", "std", "values", "pair_mean", "pair_std", "pair_values")]
-    for sampler in SAMPLERS:
-        ones = [rates[f"{sampler}-seed{seed}"] for seed in SEEDS]
-        every, pair = (summary([one[which] for one in ones]) for which in ("all classes", "order pair"))
-        rows.append([sampler, ones[0]["videos"], *every, *pair])
-    report(args, "samplers.csv", rows)
+def sets(args):
+    rows = [("set", "n", "top1_mean", "top1_std", "top1_values", "bytes")]
+    run(args, "01_encode_latents.py")
+    for sampler, (cluster, number) in SAMPLERS.items():
+        run(args, "02_kmeans_prototypes.py", args.ipc, "--cluster", cluster)
+        results = []
+        for seed in range(number):
+            name, ours = f"{sampler}-seed{seed}", ("--seed", seed)
+            run(args, "03_guided_sample.py", args.ipc, "--sampler", sampler, "--name", name, *ours)
+            run(args, "04_mvic_compose.py", args.ipc, "--samples", name, "--name", name, *ours)
+            run(args, "05_train_eval.py", args.ipc, "--train-on", name, "--repeats", 1, *ours)
+            results.append(found(args, f"ipc{args.ipc}", name, "minic3d__hard__demo", "result.json"))
+        values = [result["top1"]["mean"] for result in results]
+        rows.append([sampler, number, *summary(values), round(statistics.fmean(r["bytes"] for r in results))])
+    run(args, "05_train_eval.py", args.ipc, "--train-on", "random", "--repeats", RANDOM)
+    random = top1(args, f"ipc{args.ipc}", "random")["values"]
+    rows.append(["random", len(random), *summary(random), results[0]["videos"] * 16 * 48 * 48 * 3])
+    report(args, f"sets_ipc{args.ipc}.csv", rows)
 
 
 def validation(args):
@@ -383,7 +378,7 @@ def finetune(args):
     report(args, "finetune.json", result)
 
 
-EXPERIMENTS = (measure, samplers, settings, compose_real, take_over, finetune)
+EXPERIMENTS = (measure, sets, settings, compose_real, take_over, finetune)
 EXPERIMENTS = {function.__name__.replace("_", "-"): function for function in EXPERIMENTS}
 
 

@@ -217,10 +217,7 @@ def test_real_clips_are_composed_by_stage_04(latents, tmp_path, monkeypatch):
 
 REPORTS = {  # file, a part of its text
     "measure": ("demo/measured.json", '"order pair": 66.0'),
-    "samplers": (
-        "demo/samplers.csv",
-        "\nnaive,80,81.00,1.00,80.00 81.00 82.00,66.00,1.00,65.00 66.00 67.00",
-    ),
+    "sets": ("demo/sets_ipc5.csv", "\nknoise,5,52.00,0.00,52.00 52.00 52.00 52.00 52.00,7\n"),
     "settings": ("validation/demo/settings.csv", "\ncfg2,--cfg 2,52.00,2.00,50.00 52.00 54.00\n"),
     "take-over": ("validation/demo/take_over.csv", "\n600,52.00,2.00,50.00 52.00 54.00\n"),
     "finetune": ("demo/finetune.json", '"all classes": 81.0'),
@@ -244,7 +241,8 @@ def test_commands_and_report_of_an_experiment(latents, tmp_path, monkeypatch, na
         if path.stem == "05_train_eval":
             results = stage.work_dir / "demo/05_results" / (f"ipc{stage.ipc}" if stage.ipc else "full")
             file = results / (stage.name or stage.train_on) / "minic3d__hard__demo/result.json"
-            contract.save(file, {"top1": {"mean": 52.0, "std": 2.0, "n": 3, "values": [50.0, 52.0, 54.0]}})
+            top1 = {"mean": 52.0, "std": 2.0, "n": 3, "values": [50.0, 52.0, 54.0]}
+            contract.save(file, {"top1": top1, "bytes": 7, "videos": 40})
         for i, one in enumerate(stage.sets.split(",") if path.stem == "metrics" else ()):
             score = {"videos": 80, "top1": 80.0 + i, "per_class": {"Walk": 70.0 + i, "Wave": 60.0 + i}}
             contract.save(place.work / f"demo/05_results/ipc{stage.ipc}/{one}-samples/score.json", score)
@@ -260,12 +258,12 @@ def test_commands_and_report_of_an_experiment(latents, tmp_path, monkeypatch, na
     assert part in text and str(tmp_path) not in text and str(REPO) not in text
     if name == "measure":
         assert len({stage.work_dir for stage in parsed["05_train_eval"]}) == 3
-    if name == "samplers":  # all start from the noise of their seed, and from its prototypes
-        prototypes = {stage.name: (stage.cluster, stage.seed) for stage in parsed["02_kmeans_prototypes"]}
-        assert len({stage.name for stage in runs}) == 12 == 3 * sum(stage.seed == 1 for stage in runs)
-        for stage in runs:
-            cluster = {"gvd": "direct", "knoise": "dummy-video"}.get(stage.sampler)
-            assert not cluster or prototypes[stage.prototypes] == (cluster, stage.seed)
+    if name == "sets":  # each of a seed of its own in all three stages
+        for script in ("03_guided_sample", "04_mvic_compose", "05_train_eval"):
+            ours = [stage for stage in parsed[script] if getattr(stage, "train_on", "") != "random"]
+            named = {getattr(stage, "train_on", stage.name): stage.seed for stage in ours}
+            assert len(named) == 20 and all(set_.endswith(f"-seed{seed}") for set_, seed in named.items())
+        assert {stage.prototypes for stage in runs if stage.sampler == "knoise"} == {"dummy-video"}
     if name == "finetune":
         before, after = map(vars, runs)
         assert {key for key in before if before[key] != after[key]} == {"name", "unet"}
