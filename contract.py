@@ -427,6 +427,8 @@ class Output:
         self.record = {**(old or {}), **self.identity, "kept": kept}
         self.record["inputs"] = {**inputs, **self.identity["inputs"]}
         fresh = old and old["complete"] and not todo and outputs.keys() >= {*self.wanted}
+        if not fresh and values.get("device") == "cpu" and not args.device and args.dataset != "demo":
+            notes += ["there is no GPU: on the CPU"]  # where a real data set takes days
         if fresh or dry:
             notes += [f"fresh: {self.folder}" if fresh else plan(self.cost, len(todo) / len(self.wanted))]
         if notes:

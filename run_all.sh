@@ -6,7 +6,6 @@
 #   bash run_all.sh hmdb51 20              HMDB51, 20 videos per class: 22 hours on one A100, by estimate
 #   bash run_all.sh demo all               IPC 1, 5, 10 (20), every table and figure, a gallery: tools/all.sh
 #   bash run_all.sh --03 '--guidance 0.3'  another option for one stage; what it does not touch stays as it is
-#
 #   --quick               only the rows GVD and random, with hard labels
 #   --baselines           also DM, MTT, FRePo, Static-DC and Dancing's DM+D, MTT+D, FRePo+D (demo: by estimate 1.5 h)
 #   --from N, --to M      only stages N to M (1 to 5)
@@ -67,6 +66,9 @@ stage() { # N SCRIPT [ARGUMENTS]: runs a script of stage N, once; with --dry-run
 [ "$dataset/$from/$dry" != demo/1/0 ] || "$python" "${root}demo/draw_videos.py" --data-root "$data_root"
 column() { # IPC: the rows of Table 1
   stage 1 01_encode_latents.py
+  # The teacher is downloaded before the hours of stage 03.
+  [[ "$dataset" =~ ^(demo|miniucf|ucf101)$ || "$quick${options[soft]}" =~ ^1|--teacher ]] || stage 5 tools/train_teacher.py
+  [ "$quick" = 1 ] || stage 5 tools/soft_labels.py --train-on random $windows
   stage 2 02_kmeans_prototypes.py "$1"
   [[ ! "$dataset" =~ hmdb51|miniucf || "${options[03]}" = *--unet* ]] || stage 3 tools/finetune_unet.py
   stage 3 03_guided_sample.py "$1" "${more[@]}"
@@ -75,10 +77,8 @@ column() { # IPC: the rows of Table 1
   stage 5 05_train_eval.py "$1" --train-on random
   [ "$baselines" = 0 ] || baselines "$1"
   [ "$quick" = 0 ] || return 0
-  [[ "$dataset" =~ ^(demo|miniucf|ucf101)$ || "${options[soft]}" = *--teacher* ]] || stage 5 tools/train_teacher.py
   stage 5 tools/soft_labels.py "$1" --train-on gvd
   stage 5 05_train_eval.py "$1" --train-on gvd --labels soft
-  stage 5 tools/soft_labels.py --train-on random $windows
   stage 5 05_train_eval.py "$1" --train-on random --labels soft
   local net="${options[05]}"
   options[05]+=" --net minic3d" # coresets are chosen by its features

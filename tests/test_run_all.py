@@ -26,16 +26,16 @@ exit "${FAIL:-0}"
 RECIPE = """
 D- demo/draw_videos.py --data-root data
 -- 01_encode_latents.py SET
+HA tools/train_teacher.py SET
+-A tools/soft_labels.py SET --train-on random
 -- 02_kmeans_prototypes.py SET 20
 U- tools/finetune_unet.py SET
 -- 03_guided_sample.py SET 20
 -- 04_mvic_compose.py SET 20
 -- 05_train_eval.py SET 20 --train-on gvd
 -- 05_train_eval.py SET 20 --train-on random
-HA tools/train_teacher.py SET
 -A tools/soft_labels.py SET 20 --train-on gvd
 -A 05_train_eval.py SET 20 --train-on gvd --labels soft
--A tools/soft_labels.py SET --train-on random
 -A 05_train_eval.py SET 20 --train-on random --labels soft
 -A 05_train_eval.py SET --train-on full --save --net minic3d
 -A tools/coresets.py SET 20
