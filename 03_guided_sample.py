@@ -30,6 +30,7 @@ import contract
 import contextlib
 import ctypes
 import math
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -308,6 +309,10 @@ def main(args):
                 media.write_mp4(output.folder / mp4, common.decode(vae, z, name=output.folder / mp4), FPS)
             if npy in output.todo:
                 contract.save(output.folder / npy, z.half().cpu().numpy())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # bytes
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    output.log(f"03 peak memory {peak / 1e9:.2f} GB")
     output.finish()
 
 
