@@ -127,7 +127,9 @@ def list_folder(root, args):
                 raise ContractError(f"{root / split / label}: too few videos", 3 - len(splits), len(paths))
             if twice := [p for p, q in zip(paths, paths[1:], strict=False) if p.stem == q.stem]:
                 raise ContractError(f"{twice[0]}: another video has this name", fix="rename one of them")
-            cut = len(paths) if len(splits) == 2 else len(paths) - max(1, round(args.val * len(paths)))
+            cut = len(paths)
+            if len(splits) == 1:
+                cut -= min(cut - 1, max(1, round(args.val * cut)))
             parts = [split] * cut + ["test"] * (len(paths) - cut)
             clips += [(label, p.stem, part, 1, p) for p, part in zip(paths, parts, strict=True)]
     return clips
@@ -139,7 +141,8 @@ def missing(dataset, data_root, path, found=None, absent=()):
     if dataset == "demo":
         fix = f"python demo/draw_videos.py --data-root {shlex.quote(str(data_root))}"
         return Missing(f"{path} is missing", expected, found, fix)
-    other = sorted(p for p in data_root.rglob("*.*") if names and p.stem in names and p not in absent)
+    everything = data_root.rglob("*.*") if names else ()
+    other = sorted(path for path in everything if path.stem in names and path not in absent)
     if not other:
         fix = "unpack the data set there, as docs/data.md says"
         return Missing(f"{path} is missing", expected, found, fix)
