@@ -157,12 +157,11 @@ def encode_class(clips, label, args, vae, factor):
 def estimate(args):
     (width, height), share = args.size, len(args.classes) / len(args.spec["classes"])
     train, test = (round(share * clips) for clips in args.spec["clips"])
-    seconds = SECONDS.get(args.dataset, SECONDS_FULL) * (train + test)
-    machine = "two CPU cores" if args.dataset == "demo" else "an A100"
+    seconds, machine = common.rate(args, SECONDS.get(args.dataset, SECONDS_FULL))
     windows = sum(n * (train if "train" in part else test) for part, n in args.parts.items())
     sizes = train * 16 * 4 * (width * height // 64) * 2, windows * 16 * args.spec["side"] ** 2 * 3  # bytes
     return {
-        "01_latents": ("training clips", train, seconds, sizes[0], machine),
+        "01_latents": ("training clips", train, seconds * (train + test), sizes[0], machine),
         "01_clips": ("clips", train + test, 0, sizes[1], machine),
     }
 

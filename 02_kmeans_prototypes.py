@@ -163,8 +163,9 @@ def prototypes_of(latents, num_clusters, seed, label, cluster="direct", distance
 def estimate(args):
     width, height = args.spec["size"]
     size = args.ipc * len(args.classes) * 16 * 4 * (width * height // 64) * 4
-    seconds = SECONDS.get(args.dataset, SECONDS_FULL) * len(args.classes)
-    return {"02_prototypes": ("classes", len(args.classes), seconds, size, "one CPU core")}
+    estimated, figure = SECONDS.get(args.dataset, SECONDS_FULL), f"seconds, {args.cluster}"
+    seconds, machine = common.rate(args, estimated, figure, "one CPU core")
+    return {"02_prototypes": ("classes", len(args.classes), seconds * len(args.classes), size, machine)}
 
 
 def main(args):

@@ -240,9 +240,9 @@ def open_model(args):
 
 def estimate(args):
     videos = min(args.ipc, args.limit or args.ipc) * args.draws * len(args.classes)
-    seconds = SECONDS.get(args.dataset, SECONDS_FULL) * args.steps / STEPS.get(args.dataset, STEPS_FULL)
+    seconds, machine = common.rate(args, SECONDS.get(args.dataset, SECONDS_FULL))
+    seconds *= args.steps / STEPS.get(args.dataset, STEPS_FULL)
     size = (0.15 * 16 + args.save_latents * 16 * 4 / 64 * 2) * math.prod(args.spec["size"])
-    machine = "two CPU cores" if args.dataset == "demo" else "an A100"
     return {"03_samples": ("videos", videos, seconds * videos, size * videos, machine)}
 
 

@@ -352,8 +352,8 @@ def summarise(args, output, facts):
 def estimate(args):
     per_class = args.ipc if args.train_on != "full" else args.spec["clips"][0] // len(args.spec["classes"])
     count, n = min(per_class, args.limit or per_class) * len(args.classes), args.repeats
-    seconds = n * SECONDS.get(args.dataset, SECONDS_FULL) * count * schedule(count, args.protocol)[1]
-    machine = "two CPU cores" if args.dataset == "demo" else "an A100"
+    seconds, machine = common.rate(args, SECONDS.get(args.dataset, SECONDS_FULL), f"seconds, {args.net}")
+    seconds *= n * count * schedule(count, args.protocol)[1]
     item, files = f"repeats on {Path(args.train_on).name}, {args.labels} labels", 1 + 2 * len(args.classes)
     saved = ("files of repeat 0", files, 0, 1.5e7 + 8.2e3 * args.spec["clips"][0], machine)
     costs = {"05_results": (item, n, seconds, 1e4 * n, machine)}

@@ -1,6 +1,6 @@
 """What several stages share: the method (guided step, decay, MiniC3D) and the text-to-video model."""
 
-from contract import ROOT, ContractError, Missing, digest, read, sha256
+from contract import ROOT, ContractError, Missing, automatic, digest, read, sha256
 
 import re
 from pathlib import Path
@@ -88,6 +88,40 @@ def to_input(clips):
     """uint8 [n, 16, S, S, 3] -> float32 [n, 3, 16, S, S], ImageNet's mean and std, in channels_last_3d."""
     mean, std = (torch.tensor(v, device=clips.device) for v in (IMAGENET_MEAN, IMAGENET_STD))
     return clips.float().div_(255).sub_(mean).div_(std).permute(0, 4, 1, 2, 3)
+
+
+# --- what tools/bench.py has measured
+
+BENCH = ROOT / "results" / "bench"
+
+
+def device_name(device):
+    """The GPU's name, or the CPU's and its threads."""
+    if str(device) != "cpu":
+        return torch.cuda.get_device_name(device)
+    cpu = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.*)", cpu.read_text() if cpu.exists() else "", re.M)
+    return f"{found[1] if found else 'CPU'}, {torch.get_num_threads()} threads"
+
+
+def bench_file(device):
+    return BENCH / (re.sub(r"[^A-Za-z0-9.-]+", "_", device_name(device)) + ".json")
+
+
+def rate(args, estimated, figure="seconds", machine="an A100"):
+    """(seconds of an item of a script, the machine) for --dry-run, as measured on the device at hand.
+
+    Where that was not measured, those `estimated` for the machine, or for the demo on two CPU cores.
+    """
+    machine = "two CPU cores" if args.dataset == "demo" else machine
+    if not args.dry_run or getattr(args, "dtype", None):  # it is measured in the automatic dtype
+        return estimated, machine
+    device, (width, height) = automatic("device", args.device), getattr(args, "size", args.spec["size"])
+    model = "demo" if args.dataset == "demo" else "real"
+    figures = (read(bench_file(device)) or {}).get(f"{model} {width}x{height}", {}).get(args.number, {})
+    if figure not in figures:
+        return estimated, machine
+    return figures[figure], f"{device_name(device)}, measured"
 
 
 # --- the text-to-video model

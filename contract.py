@@ -160,7 +160,8 @@ def plan(cost, share=1):
     """What --dry-run prints of an estimate of which `share` is left; run_all.sh adds up the h and GB."""
     item, items, seconds, size, machine = cost
     left = f"{round(items * share):,} of {items:,} {item} left"
-    return f"{left}, {seconds * share / 3600:.3f} h on {machine}, {size * share / 1e9:.3f} GB"
+    mark = "" if "measured" in machine else ", estimate"
+    return f"{left}, {seconds * share / 3600:.3f} h on {machine}{mark}, {size * share / 1e9:.3f} GB"
 
 
 def gather(value=None):

@@ -186,17 +186,24 @@ def test_plan_adds_up(place, monkeypatch, capsys):
     load("tools/plan.py").main()
     text = capsys.readouterr().out
     assert text.startswith("02 fresh: ") and "02 stale: seed 0 -> 1; 2 of 2 classes left, " in text
-    assert "\n03 4 of 20 videos left, 0.000 h on two CPU cores" in text and "\n03, 1 parts: 0.0 h" in text
+    assert (
+        "\n03 4 of 20 videos left, 0.000 h on two CPU cores, estimate" in text
+        and "\n03, 1 parts: 0.0 h" in text
+    )
     lines = [
-        "03 stale: cfg 1 -> 2; 8 of 8 videos left, 1.250 h on an A100, 0.125 GB; no x",
+        "03 stale: cfg 1 -> 2; 8 of 8 videos left, 1.250 h on a B (9 GB), estimate, 0.125 GB; no x",
         "01 x",
         "02 fresh: y",
     ]
     lines += [
-        "03 1 of 1 videos left, 2.000 h on an A100, 1.000 GB",
-        "05 1 of 1 y left, 3.000 h on a B, 0.300 GB",
+        "03 1 of 1 videos left, 2.000 h on a C, measured (9 GB), 1.000 GB",
+        "05 1 of 1 y left, 3.000 h on a B, estimate, 0.300 GB",
     ]
-    sums = ["03, 2 parts: 3.2 h, 1.1 GB", "05, 1 parts: 3.0 h, 0.3 GB", "in all, 3 parts: 6.2 h, 1.4 GB"]
+    sums = [
+        "03, 2 parts: 3.2 h (2.0 measured, 1.2 estimate), 1.1 GB",
+        "05, 1 parts: 3.0 h (0.0 measured, 3.0 estimate), 0.3 GB",
+        "in all, 3 parts: 6.2 h (2.0 measured, 4.2 estimate), 1.4 GB",
+    ]
     assert load("tools/plan.py").totals(lines) == sums
     monkeypatch.setattr(sys, "stdin", [shlex.join(place.words("02", "--no-such-option"))])
     with pytest.raises(SystemExit) as stop:

@@ -3,9 +3,10 @@
 import contract
 
 import math
-import subprocess
 import sys
-from pathlib import Path
+import time
+from argparse import Namespace
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 import common
 import media
 
+CPU = torch.device("cpu")
 bench, metrics, tables, vm = (load(f"tools/{name}.py") for name in ("bench", "metrics", "tables", "videomae"))
 
 
@@ -228,26 +230,81 @@ def test_table_and_collected_results(place, tmp_path):
     assert code == 3 and "result.json is damaged" in text
 
 
-def test_benchmark_runs_the_stages(place, tmp_path, monkeypatch):
-    """Each part with as little as it takes: the stages as it calls them, but in this process."""
+def bench_args(**values):
+    return Namespace(
+        what="demo", dataset="demo", size="32x32", device=CPU, dtype=torch.float32, rehearsal=False, **values
+    )
 
-    def run(line, **options):
-        script = load(Path(line[1]).name[:2])
-        monkeypatch.setattr(sys, "argv", line[1:])
-        contract.run(script.parse_args, script.main, script.estimate)
-        return subprocess.CompletedProcess(line, 0)
 
-    monkeypatch.setattr(subprocess, "run", run)
-    for name, value in {"SHAPE": (16, 4, 2, 2), "VIDEOS": 12, "CLUSTERS": 3, "IPC": 2, "CALLS": 3}.items():
-        monkeypatch.setattr(bench, name, value)
-    words = ("--steps", 1, "--epochs", 1, "--device", "cpu", "--dtype", "float32", "--results", tmp_path)
-    code, text = place.run("tools/bench.py", *words)
-    assert code == 0, text
-    figures = contract.read(tmp_path / "cpu-1.json")
-    assert set(figures) == {"sampling, demo", "kmeans, demo", "training, demo"}
-    assert all(min(f["seconds"].values()) > 0 and f["ratio"] > 0 for f in figures.values())
-    ours, plain = figures["kmeans, demo"]["inertia, ours and plain"]
-    assert ours == pytest.approx(plain, rel=1e-6)
+def test_benchmark_and_the_hours_of_a_dry_run(place, tmp_path, monkeypatch):
+    """Every part with as little as it takes; then its figures decide --dry-run's hours."""
+
+    original = bench.load
+
+    def short(script, args, *words):
+        module, own = original(script, args, *words)
+        own.steps = 3
+        return module, own
+
+    def seconds(args, call, most=0):
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    for module, name, value in (
+        (bench, "seconds", seconds), (bench, "load", short), (bench, "IPC", 2), (bench, "VIDEOS", 12),
+        (common, "BENCH", tmp_path), (common, "DEMO_MODEL", place.model), (sys, "argv", []),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+    bench.main(bench_args(minutes=5))
+    results = contract.read(common.bench_file(CPU))
+    figures = results["demo 32x32"]
+    assert not any("note" in figures[part] for part in bench.PARTS), figures
+    who = "ours at IPC 2, 8 per forward"
+    ours, stock = (
+        figures["03"][name] for name in (f"{who}, s per video", "stock pipeline, s per video of 3 steps")
+    )
+    ratio = figures["03"][f"{who}, stock / ours"]
+    assert ours == figures["03"]["seconds"] and ratio == pytest.approx(stock / ours, rel=1e-3)
+    for number, figure, words, hours in (
+        ("01", "seconds", ("--redo",), 1200 * 9000 / 3600),
+        ("03", "seconds", ("--draws", 5, "--classes", "Walk"), 2 * 9000 * (2 / 25) / 3600),
+        ("05", "seconds, minic3d", ("--repeats", 4, "--set", "lr=1"), 4 * 2 * 4 * 9000 / 3600),
+        ("finetune_unet", "seconds, adapters", ("--lora", 4, "--batch", 2, "--steps", 3), 6 * 9000 / 3600),
+    ):  # fmt: skip
+        figures[number][figure] = 9000.0
+        contract.save(common.bench_file(CPU), results)
+        text = place.run("tools/finetune_unet.py" if number[0] == "f" else number, *words, "--dry-run")[1]
+        assert f", {hours:.3f} h on {common.device_name(CPU)}, measured, " in text, text
+    assert "two CPU cores, estimate, " in place.run("03", "--redo", "--dtype", "float32", "--dry-run")[1]
+
+
+def test_benchmark_bounds_its_parts(tmp_path, monkeypatch, capsys):
+    """One is stopped, one lacks a module, one has a fault: the others and the file remain."""
+
+    def part(*steps):
+        def measure(args, folder):
+            yield "first", 1.23456
+            yield "second", [step() for step in steps][-1]
+
+        return measure, 0.1
+
+    parts = {"slow": part(lambda: time.sleep(60)), "lacking": part(lambda: import_module("no_such_module"))}
+    parts |= {"broken": part(lambda: 1 / 0), "good": part(lambda: "left out: a reason")}
+    monkeypatch.setattr(bench, "PARTS", parts)
+    monkeypatch.setattr(common, "BENCH", tmp_path)
+    contract.save(common.bench_file(CPU), {"real 448x256": {"03": {"seconds": 2.0}}})
+    with pytest.raises(contract.ContractError, match="failed, see above: broken"):
+        bench.main(bench_args(minutes=0.01))
+    results = contract.read(common.bench_file(CPU))
+    assert results["real 448x256"] == {"03": {"seconds": 2.0}}  # of another size: stays
+    found = {name: results["demo 32x32"][name] for name in parts}
+    assert all(record["first"] == 1.235 for record in found.values())
+    assert (
+        found["slow"]["note"] == "stopped after its 1 s" and found["good"]["second"] == "left out: a reason"
+    )
+    assert "no_such_module" in found["lacking"]["note"] and "ZeroDivisionError" in found["broken"]["note"]
+    assert "stopped after its 1 s" in capsys.readouterr().out
 
 
 def test_bytes_by_one_measure(place, tmp_path):

@@ -1,240 +1,368 @@
-"""Three ratios measured on this machine: a stage of this project, and the plain way to the same result.
+"""What each stage takes on this machine, a GPU or a CPU, within a few minutes, without data or a download.
 
-sampling  stage 03 with --sampler naive (the guidance is computed there too, at strength 0), 8 videos per
-          forward, and diffusers' TextToVideoSDPipeline called as its documentation shows, one video per call;
-          the same weights, size, steps and dtype, and an .mp4 of each video
-kmeans    stage 02, k-means on isometric coordinates, and scikit-learn's on the raw latents; random ones in
-          groups that overlap, of the number and size of a class of HMDB51, on one thread
-training  stage 05 on random real clips, and the same training and test with a DataLoader that decodes,
-          resizes, crops and flips a video whenever it is asked for
+The networks have the published configuration and random weights, made in memory; `demo` takes the demo's own
+model. A part has its share of the minutes; it is stopped when that is over, and says so. On a GPU every
+figure has its peak memory beside it.
 
-A stage runs as its command does, in a temporary work folder; what an item takes is the time since the item
-before it was finished, by their files: imports, models and the first item do not count.
+03             a step and a video of diffusers' TextToVideoSDPipeline, called as its documentation shows, and
+               of stage 03 as at IPC 1 and 20; the peak is that of a large matrix product
+01             the VAE, both ways, and a clip of stage 01 from its file
+finetune_unet  a clip in a step of the fine-tuning, of all weights and of adapters
+05             a clip of an epoch of stage 05, and the same with a DataLoader that decodes the videos
+02             a class in stage 02, and scikit-learn's k-means on the raw latents, on one thread
 
-Reads:   the model (sampling); work/<data set>/01_clips and the original videos (training)
-Writes:  results/bench/<device>.json; the figures of parts that are not asked for stay in it
-Run:     python tools/bench.py demo
-         python tools/bench.py hmdb51 --parts sampling --steps 50 --model FOLDER     on a GPU
-Cost:    demo: 5 min on two CPU cores, 1 GB. hmdb51, by estimate: 15 min on an A100 for sampling
-Expect:  demo, plain / ours: sampling 1.5, kmeans 10, training 1.3 or more; inertias equal to 1e-6
+Reads:   demo/models/t2v, with demo
+Writes:  results/bench/<device>.json, after every figure; other sizes and models in it stay. --dry-run takes
+         its hours from the file of the device at hand
+Run:     python tools/bench.py                               on a GPU
+         python tools/bench.py demo
+         python tools/bench.py --size 64x64 --minutes 2      a rehearsal on a CPU
+Cost:    --minutes, and what the libraries take to load. 40 GB of a GPU, by estimate; 64x64 on a CPU: 9 GB
+Expect:  demo on two idle CPU cores: stock / ours at least 1.5
+Differs: neither side encodes the prompt or writes an .mp4; a step of the fine-tuning writes no checkpoint
 """
 
-import math
+import argparse
+import gc
+import importlib.util
+import os
 import re
-import subprocess
+import signal
+import statistics
 import sys
 import tempfile
 import time
-from argparse import Namespace
+import traceback
+from functools import partial, wraps
 from pathlib import Path
 
+os.environ.setdefault("TQDM_DISABLE", "1")  # no bars within the table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import contract  # noqa: E402  isort: skip
+import make_random_t2v as published  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import common  # noqa: E402
 import media  # noqa: E402
 
-BATCH, BATCHES = 8, 3  # videos of a batch of stage 03; batches, one for each class
-CALLS = 5  # of the pipeline
-CFG = 2.0  # classifier-free guidance scale: two U-Net evaluations per step at any but 1
-VIDEOS, SHAPE = 100, (16, 4, 32, 56)  # kmeans: videos of a class, latents of 448x256 pixels
-CLUSTERS, STARTS = 20, 10  # kmeans: IPC, starts as in stage 02
-IPC = 5  # training: clips per class
-SGD = {"momentum": 0.9, "weight_decay": 5e-4}  # of stage 05
+IPC, VIDEOS, RANK = 20, 100, 16  # videos of a class for k-means; of the adapters
+TOKENS = 77  # of a prompt
+FILM = {"hmdb51": (320, 240), "demo": (32, 32)}  # a video of the data set, 90 frames
 
 
 def parse_args():
-    parser = contract.arguments(__file__, __doc__, media.find_data_set, ipc=False)
-    add, folder = parser.add_argument, contract.ROOT / "results" / "bench"
-    add("--parts", nargs="+", choices=PARTS, default=[*PARTS], help="some of them (all)")
-    add("--steps", type=int, default=25, help="sampling: DDIM steps (25)")
-    add("--epochs", type=int, default=10, help="training: epochs (10)")
-    add("--dtype", help="sampling: of the networks (bfloat16 where the device has it, else float32)")
-    add("--results", type=Path, default=folder, help="folder of the JSON file (results/bench)")
-    args = contract.parse(parser)
-    args.device = contract.automatic("device", args.device)
-    args.dtype = args.dtype or contract.automatic("dtype", args.device)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    add = parser.add_argument
+    add("what", nargs="?", choices=("real", "demo"), default="real", help="model and sizes (real)")
+    add("--size", help="frame of the generated videos, WxH in pixels (448x256; demo 32x32)")
+    add("--minutes", type=float, default=8, help="of all parts together (8)")
+    add("--device", choices=("cpu", "cuda"), help="(a GPU where there is one)")
+    parser.set_defaults(dry_run=False)
+    args = parser.parse_args()
+    args.dataset = "demo" if args.what == "demo" else "hmdb51"
+    args.size = args.size or "{}x{}".format(*media.DATASETS[args.dataset]["size"])
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", args.size) or any(int(x) % 8 for x in args.size.split("x")):
+        parser.error("--size: must be WxH with sides that are multiples of 8, as 448x256")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise contract.ContractError("--device cuda: there is no such device here", fix="--device cpu")
+    args.device = torch.device(contract.automatic("device", args.device))
+    args.dtype = getattr(torch, contract.automatic("dtype", args.device.type))
+    args.rehearsal = args.what == "real" and args.device.type == "cpu"  # with as few clips as it takes
     return args
 
 
-def run_stage(args, work, script, *words):
-    """Runs a stage of this project in a work folder, as a command."""
-    line = [sys.executable, contract.ROOT / script, args.dataset, *words, "--work-dir", work]
-    line += ["--data-root", args.data_root, "--seed", args.seed, "--device", args.device]
-    for option, value in {"--threads": torch.get_num_threads(), "--classes": ",".join(args.classes)}.items():
-        line += [] if option in words else [option, value]
-    done = subprocess.run([*map(str, line)], capture_output=True, text=True)
-    if done.returncode:
-        raise contract.ContractError(f"{script} failed", found=done.stdout[-1000:] + done.stderr[-1000:])
+def load(script, args, *words):
+    """A script of this project, and its arguments with their defaults."""
+    spec = importlib.util.spec_from_file_location(Path(script).stem, contract.ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.argv = [script, args.dataset, *words, "--device", str(args.device)]
+    own = module.parse_args()
+    own.spec = own.spec | {"size": tuple(map(int, args.size.split("x")))}
+    pixels = 4 if args.what == "demo" else 8  # of a side, for one of the latent
+    own.shape = (4, common.NUM_FRAMES, own.spec["size"][1] // pixels, own.spec["size"][0] // pixels)
+    return module, own
 
 
-def ends(work, pattern):
-    """When the files below a work folder that match a pattern were finished, in order, in seconds."""
-    return sorted(path.stat().st_mtime for path in work.rglob(pattern))
+def network(part, args, dtype):
+    """vae, text_encoder or unet: the demo's, or of the published configuration, as it is before training."""
+    if args.what == "demo":
+        return common.load_part(common.DEMO_MODEL / part, part, args.device, dtype)
+    return published.make(part, args.device).to(args.device, dtype).eval().requires_grad_(False)
 
 
-# --- sampling ---------------------------------------------------------------------------------------------
+def now(args):
+    """Seconds, when the device has done what it was told."""
+    if args.device.type == "cuda":
+        torch.cuda.synchronize(args.device)
+    return time.perf_counter()
 
 
-def sampling(args, work):
-    folder, classes = common.model_folder(args), args.classes[:BATCHES]
-    words = ["--sampler", "naive", "--unet", "published", "--draws", 1, "--classes", ",".join(classes)]
-    words += ["--cfg", CFG, "--steps", args.steps, "--dtype", args.dtype, "--model", folder]
-    run_stage(args, work, "03_guided_sample.py", BATCH, *words)
-    ours = np.diff(ends(work, "*.mp4")[BATCH - 1 :: BATCH]) / BATCH
-    plain = np.diff(list(pipeline(args, folder, work)))
-    figures = {"videos per forward": BATCH, "steps": args.steps, "size": args.spec["size"]}
-    return figures | {"dtype": args.dtype}, np.median(ours), np.median(plain)
+def seconds(args, call, most=3.0):
+    """What a call takes: once to warm up, then the median of the calls of about `most` seconds."""
+    call()
+    times = [now(args)]
+    while len(times) == 1 or times[-1] - times[0] < most:
+        call()
+        times.append(now(args))
+    return statistics.median(np.diff(times))
 
 
-def pipeline(args, folder, work):
-    """Yields the time at the end of each call of the stock pipeline: one video, written as .mp4."""
+# --- the parts: each yields (figure, value) as it is measured -----------------------------------------------
+
+
+def sampling(args, folder):
     from diffusers import DDIMScheduler, TextToVideoSDPipeline
-    from diffusers.utils import export_to_video, logging
-    from transformers import CLIPTokenizer
+    from diffusers.utils import logging
 
-    dtype, (width, height) = getattr(torch, args.dtype), args.spec["size"]
-    parts = {part: common.load_part(folder / part, part, args.device, dtype) for part in common.NETWORKS}
-    parts["tokenizer"] = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    pipe = TextToVideoSDPipeline(scheduler=DDIMScheduler.from_pretrained(folder / "scheduler"), **parts)
+    logging.set_verbosity_error()  # the pipeline is deprecated
+    stage, own = load("03_guided_sample.py", args, str(IPC))
+    n = 8192 if args.device.type == "cuda" else 1024
+    a, b = torch.randn(2, n, n, device=args.device).to(args.dtype)
+    peak = 2 * n**3 / seconds(args, lambda: a @ b)
+    yield f"TFLOP/s of {n} x {n} matrices, the peak", peak / 1e12
+    steps, scheduler, times = own.steps, DDIMScheduler(**published.SCHEDULER), []
+    step = scheduler.step
+
+    @wraps(step)  # the pipeline asks for its parameters
+    def timed(*words, **options):
+        result = step(*words, **options)
+        times.append(now(args))
+        return result
+
+    def measure(call, share):
+        """Seconds of a step, and of all and what follows: by two steps, then as many as there is time for."""
+        end, n = time.monotonic() + share * (args.end - time.monotonic()), 2
+        for _ in range(2):
+            times.clear()
+            call(n)
+            taken, rest = statistics.median(np.diff(times)), now(args) - times[-1]  # the first step warms up
+            n = min(steps, int((end - time.monotonic() - rest) / taken))
+            if n <= 2:
+                break
+        return taken, steps * taken + rest
+
+    scheduler.step = timed
+    unet, vae = network("unet", args, args.dtype), network("vae", args, args.dtype)
+    text, empty = torch.randn(2, 1, TOKENS, unet.config.cross_attention_dim, device=args.device)
+    flop = count_flop(unet.config, stage.PromptAttention(), own.shape)
+    pipe = TextToVideoSDPipeline(vae, None, None, unet, scheduler)
     pipe.set_progress_bar_config(disable=True)
-    logging.set_verbosity_error()
-    options = {"num_inference_steps": args.steps, "guidance_scale": CFG, "num_frames": common.NUM_FRAMES}
-    prompts = contract.read(contract.ROOT / "prompts" / f"{args.dataset}.json")
-    for label in (args.classes * CALLS)[:CALLS]:
-        frames = pipe(prompts[label], height=height, width=width, **options).frames[0]
-        export_to_video(frames, str(work / "plain.mp4"), fps=8)
-        yield time.time()
+    options = dict(zip(("width", "height"), own.spec["size"], strict=True)) | {"guidance_scale": own.cfg}
+    options |= {"prompt_embeds": text, "negative_prompt_embeds": empty}
+    taken, stock = measure(lambda n: pipe(num_inference_steps=n, **options).frames[0], 0.25)
+    yield "stock pipeline, s per step", taken
+    yield f"stock pipeline, s per video of {steps} steps", stock
+
+    def sample(videos, n):
+        own.steps, names, z = n, [("a", k, 0) for k in range(videos)], torch.randn(videos, *own.shape)
+        latents = stage.sample_batch(unet, scheduler, text, empty, z, names, own, args.device)
+        for z in latents.transpose(1, 2):
+            common.decode(vae, z)
+
+    if args.device.type == "cpu":
+        stage.keep_memory()
+    unet.set_attn_processor(stage.PromptAttention())
+    vae = vae.float()  # as the stage decodes
+    for ipc, videos, share in ((1, 1, 0.3), (IPC, stage.micro_batch(own, args.device, own.shape), 0.8)):
+        name = f"ours at IPC {ipc}, {videos} per forward"
+        if 3 * videos * taken > args.end - time.monotonic():
+            yield name, f"left out: a step would take about {videos * taken:.0f} s"
+            continue
+        taken, whole = measure(partial(sample, videos), share)
+        yield f"{name}, s per step of a video", taken / videos
+        yield f"{name}, s per video", whole / videos
+        yield f"{name}, stock / ours", stock * videos / whole
+        yield f"{name}, share of the peak", flop * videos / taken / peak
+        yield "seconds", whole / videos
 
 
-# --- kmeans -----------------------------------------------------------------------------------------------
+def count_flop(config, attention, shape):
+    """Of a step of one video, which are two prompts; counted without computing."""
+    from diffusers import UNet3DConditionModel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.inference_mode():
+        unet = UNet3DConditionModel.from_config(config)
+        unet.set_attn_processor(attention)
+        z, text = torch.empty(2, *shape), torch.empty(2, TOKENS, config.cross_attention_dim)
+        unet(z, torch.tensor(1.0), text, cross_attention_kwargs={"prompts": 2})
+    return counter.get_total_flops()
 
 
-def kmeans(args, work):
+def encoding(args, folder):
+    stage, own = load("01_encode_latents.py", args)
+    vae, film = network("vae", args, torch.float32), write_film(args, folder)
+    z = torch.randn(own.shape, device=args.device).transpose(0, 1)  # [16, 4, h, w]
+    frames = media.resize_frames(read_film(film), own.spec["size"])
+    yield "encode, s per video", seconds(args, lambda: stage.encode(vae, frames, film))
+    yield "decode, s per video", seconds(args, lambda: common.decode(vae, z))
+
+    def clip():
+        frames = read_film(film)
+        media.network_clip(frames, own.spec)
+        stage.encode(vae, media.resize_frames(frames, own.spec["size"]), film)
+
+    yield "seconds", seconds(args, clip)
+
+
+def fine_tuning(args, folder):
+    from diffusers import DDIMScheduler
+
+    (tool, own), scheduler = load("tools/finetune_unet.py", args), DDIMScheduler(**published.SCHEDULER)
+    device, dtype, count = args.device, args.dtype, 1 if args.rehearsal else own.batch
+    part = count if device.type == "cpu" else own.micro_batch
+
+    def training_step(rank):
+        """A step on `count` random clips, as a function."""
+        unet = network("unet", args, torch.float32)
+        text = torch.randn(count, TOKENS, unet.config.cross_attention_dim, device=device)
+        trained, weights = tool.prepare(unet, device, rank, own.seed)
+        weights = list(weights.values())
+        average = [p.detach().clone() for p in weights]
+        optimizer = torch.optim.AdamW(weights, lr=own.lr, fused=device.type == "cuda")
+
+        def step():
+            (x0, noise), t = torch.randn(2, count, *own.shape), torch.arange(count)
+            optimizer.zero_grad()
+            tool.backward(trained, scheduler, x0, noise, t, text, part, device, dtype)
+            torch.nn.utils.clip_grad_norm_(weights, tool.CLIP_NORM)
+            optimizer.step()
+            torch._foreach_lerp_(average, [p.detach() for p in weights], 1 - tool.EMA)
+
+        return step
+
+    for kind, rank in (("adapters", RANK), ("all weights", None)):
+        if rank and not importlib.util.find_spec("peft"):
+            yield kind, "left out: no module peft"
+        elif not rank and args.rehearsal:
+            yield kind, "left out on a CPU: 28 GB of memory"
+        else:
+            gc.collect()  # the network of the adapters
+            yield f"seconds, {kind}", seconds(args, training_step(rank), 10) / count
+
+
+def training(args, folder):
+    stage, own = load("05_train_eval.py", args, str(IPC), "--set", "epochs=1")
+    side, classes = own.spec["side"], len(own.spec["classes"])
+    count = 4 if args.rehearsal else IPC * classes
+    batch = min(count, stage.schedule(count, own.protocol)[0])
+    clips = torch.randint(256, (count, 16, side, side, 3), dtype=torch.uint8, device=args.device)
+    data = clips, torch.arange(count, device=args.device) % classes, None, own, 0, args.dtype
+    ours = seconds(args, lambda: stage.train(*data, folder / "none.pt"), 10) / count
+    yield "seconds, minic3d", ours
+
+    net = common.MiniC3D(classes).to(args.device, memory_format=torch.channels_last_3d)
+    optimizer = torch.optim.SGD(net.parameters(), own.protocol["lr"], stage.MOMENTUM, 0, stage.WEIGHT_DECAY)
+    film, workers = write_film(args, folder), 0 if args.device.type == "cpu" else torch.get_num_threads()
+
+    def read(indices):
+        clips = [media.network_clip(read_film(film), own.spec) for _ in indices]
+        return common.to_input(torch.from_numpy(np.stack(clips))), torch.tensor(indices) % classes
+
+    loader = torch.utils.data.DataLoader(range(count), batch, True, num_workers=workers, collate_fn=read)
+
+    def epoch():
+        for x, labels in loader:
+            with torch.autocast(args.device.type, args.dtype, enabled=args.dtype != torch.float32):
+                logits = net(x.to(args.device).contiguous(memory_format=torch.channels_last_3d)).float()
+            loss = torch.nn.functional.cross_entropy(logits, labels.to(args.device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    plain = seconds(args, epoch, 10) / count
+    yield f"DataLoader with {workers} workers, s per clip", plain
+    yield "DataLoader / ours", plain / ours
+
+
+def kmeans(args, folder):
     from sklearn.cluster import KMeans
     from threadpoolctl import threadpool_limits
 
-    classes, rng = args.classes[:BATCHES], np.random.default_rng(args.seed)
-    args = Namespace(**vars(args) | {"work_dir": work, "estimate": {"01_latents": args.estimate["bench"]}})
-    names = [f"{label}.{kind}" for label in classes for kind in ("npy", "csv")]
-    output = contract.Output(args, "01_latents", {}, {}, names)
-    for label in classes:  # a fifth of their variance, which is 1, lies between the groups
-        centres = rng.standard_normal((CLUSTERS, *SHAPE), np.float32) * 0.2**0.5
-        latents = rng.standard_normal((VIDEOS, *SHAPE), np.float32) * 0.8**0.5
-        latents = (latents + centres[rng.integers(0, CLUSTERS, VIDEOS)]).astype(np.float16)
-        contract.save(output.folder / f"{label}.npy", latents)
-        contract.save(output.folder / f"{label}.csv", [("name",), *((f"{i:03d}",) for i in range(VIDEOS))])
-    output.finish()
-    run_stage(args, work, "02_kmeans_prototypes.py", CLUSTERS, "--classes", ",".join(classes), "--threads", 1)
-    folder = work / args.dataset / "02_prototypes" / f"ipc{CLUSTERS}" / "direct"
-    ours = np.diff(ends(folder, "*.npy"))[-1]
-
-    flat = latents.reshape(VIDEOS, -1).astype(np.float32)  # [n, 114688], of the last class
-    seed = contract.generator(args.seed, "02", label).initial_seed() % 2**32  # as in the stage
+    stage, own = load("02_kmeans_prototypes.py", args, str(IPC))
+    latents = np.random.default_rng(0).standard_normal((VIDEOS, *own.shape)).astype(np.float16)
+    flat = latents.reshape(VIDEOS, -1).astype(np.float32)
     with threadpool_limits(1):
-        KMeans(2, n_init=1, random_state=0).fit(flat[:4, :8])  # loads what is loaded at the first use
-        start = time.time()
-        theirs = KMeans(CLUSTERS, n_init=STARTS, random_state=seed).fit(flat).labels_
-        plain, inertia = time.time() - start, []
-    for labels in ([int(row["prototype"]) for row in contract.read(folder / f"{label}.csv")], theirs):
-        groups = [flat[np.equal(labels, k)].astype(np.float64) for k in range(CLUSTERS)]
-        inertia.append(float(sum(np.square(group - group.mean(0)).sum() for group in groups)))
-    figures = {"videos": VIDEOS, "features": flat.shape[1], "clusters": CLUSTERS, "starts": STARTS}
-    return figures | {"inertia, ours and plain": inertia}, ours, plain
+        ours = seconds(args, lambda: stage.prototypes_of(latents, IPC, 0, ""))
+        yield "seconds, direct", ours
+        theirs = KMeans(IPC, n_init=stage.N_INIT, random_state=0)
+        plain = seconds(args, lambda: theirs.fit(flat))
+    yield "scikit-learn, s per class", plain
+    yield "scikit-learn / ours", plain / ours
 
 
-# --- training ---------------------------------------------------------------------------------------------
+def write_film(args, folder):
+    """A video as the data set has them, Xvid in .avi: soft shapes that move."""
+    cv2, size, path = media.opencv(), FILM[args.dataset], folder / "film.avi"
+    picture = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    picture = cv2.resize(picture, size, interpolation=cv2.INTER_CUBIC)
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"XVID"), 25, size)
+    for shift in range(90):
+        writer.write(np.roll(picture, shift, 1))
+    writer.release()
+    return path
 
 
-class Videos(torch.utils.data.Dataset):
-    """(float32 [3, 16, S, S], label) of each of items [(path, label)], decoded whenever it is asked for."""
-
-    def __init__(self, items, spec, flip):
-        self.items, self.spec, self.flip = items, spec, flip
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, index):
-        path, label = self.items[index]
-        clip = media.network_clip(media.read_frames(path, media.uniform_frames)[0], self.spec)
-        x = common.to_input(torch.from_numpy(clip[None].copy()))[0]
-        return (x.flip(-1) if torch.rand(()) < self.flip else x), label
+def read_film(path):
+    """16 of its frames, by OpenCV alone."""
+    kept, _ = media.opencv_frames(path, media.uniform_frames(90))
+    return np.stack([*kept.values()])
 
 
-def training(args, work):
-    source = contract.Input(args, "01_clips", contract.command(args, "01_encode_latents.py"))
-    (work / args.dataset).mkdir(exist_ok=True)
-    (work / args.dataset / "01_clips").symlink_to(source.folder.resolve())
-    words = ["--train-on", "random", "--repeats", 2, "--set", f"epochs={args.epochs}"]
-    run_stage(args, work, "05_train_eval.py", IPC, *words)
-    (ours,), (path,) = np.diff(ends(work, "repeat_*.json")), work.rglob("result.json")
-    result, repeat = contract.read(path), contract.read(path.with_name("repeat_1.json"))
-    tests = {c: [row["name"] for row in source.load(f"test/{c}.csv")] for c in repeat["clips"]}
-    start, accuracy = time.time(), plain_training(args, result, repeat["clips"], tests)
-    plain = time.time() - start
-    figures = {name: result[name] for name in ("videos", "test clips", "dtype")} | {"epochs": args.epochs}
-    return figures | {"top-1, ours and plain": [repeat["top1"], round(accuracy, 4)]}, ours, plain
-
-
-def plain_training(args, result, clips, tests):
-    """Top-1 in percent on `tests` of MiniC3D trained on `clips`, both {class: [name]}, with a DataLoader."""
-    protocol, device, dtype = result["protocol"], torch.device(args.device), getattr(torch, result["dtype"])
-    folder, workers = args.data_root / args.spec["videos"], torch.get_num_threads() * (args.device != "cpu")
-
-    def batches(names, flip, **options):
-        pairs = [(label, name) for label in sorted(names) for name in names[label]]
-        items = [(folder / label / f"{name}.avi", sorted(names).index(label)) for label, name in pairs]
-        return torch.utils.data.DataLoader(Videos(items, args.spec, flip), num_workers=workers, **options)
-
-    def logits(x):
-        x = x.to(device).contiguous(memory_format=torch.channels_last_3d)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return net(x).float()
-
-    net = common.MiniC3D(len(clips)).to(device, memory_format=torch.channels_last_3d)
-    optimiser, drop = torch.optim.SGD(net.parameters(), lr=protocol["lr"], **SGD), protocol["lr_drop_at"]
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, [math.ceil(drop * args.epochs)])  # to a tenth
-    size = min(protocol["max_batch_size"], max(protocol["min_batch_size"], result["videos"] // 10))
-    train = batches(clips, protocol["flip"], batch_size=size, shuffle=True)
-    for _ in range(args.epochs):
-        for x, labels in train:
-            loss = torch.nn.functional.cross_entropy(logits(x), labels.to(device))
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-        schedule.step()
-    net.eval()
-    with torch.inference_mode():
-        right = [logits(x).argmax(1).cpu() == labels for x, labels in batches(tests, 0.0, batch_size=64)]
-    return 100 * torch.cat(right).double().mean().item()
-
-
-PARTS = {"sampling": sampling, "kmeans": kmeans, "training": training}
-
-
-def estimate(args):
-    return {"bench": ("parts", len(args.parts), 100 * len(args.parts), 1e9, "two CPU cores")}
+PARTS = {  # by what --dry-run knows a script: the part, its share of the time that is left
+    "03": (sampling, 0.5), "finetune_unet": (fine_tuning, 0.4), "05": (training, 0.5),
+    "01": (encoding, 0.5), "02": (kmeans, 1.0),
+}  # fmt: skip
 
 
 def main(args):
-    if args.dry_run:
-        return contract.say(f"bench {contract.plan(args.estimate['bench'])}")
-    cuda = args.device != "cpu"
-    name = torch.cuda.get_device_name(args.device) if cuda else f"cpu-{torch.get_num_threads()}"
-    path = args.results / f"{re.sub('[^A-Za-z0-9.-]+', '_', name)}.json"
-    figures = contract.read(path) or {}
-    for part in args.parts:
-        with tempfile.TemporaryDirectory() as work:
-            found, ours, plain = PARTS[part](args, Path(work))
-        seconds = {"ours": round(ours, 3), "plain": round(plain, 3)}
-        figures[f"{part}, {args.dataset}"] = found | {"seconds": seconds, "ratio": round(plain / ours, 2)}
-        contract.say(f"{part}: {ours:.2f} s, the plain way {plain:.2f} s, ratio {plain / ours:.2f}")
-        contract.save(path, figures)
+    path, failed, end = common.bench_file(args.device), [], time.monotonic() + 60 * args.minutes
+    results = contract.read(path) or {}
+    figures = results.setdefault(f"{args.what} {args.size}", {})
+    figures |= {"torch": torch.__version__, "dtype": str(args.dtype)[6:], "minutes": args.minutes}
+
+    def stop(*_):
+        raise TimeoutError
+
+    signal.signal(signal.SIGALRM, stop)
+    for part, (measure, share) in PARTS.items():
+        limit, record = max(1.0, share * (end - time.monotonic())), {}
+        figures[part], args.end, gpu = record, time.monotonic() + limit, args.device.type == "cuda"
+        signal.setitimer(signal.ITIMER_REAL, limit, 1)  # again each second, should a library catch it
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                for name, value in measure(args, Path(folder)):
+                    record[name] = value if isinstance(value, str) else float(f"{value:.4g}")
+                    text = f"{part:13}  {name:55}  {record[name]}"
+                    if gpu:
+                        memory = record[f"peak GB: {name}"] = (
+                            torch.cuda.max_memory_allocated(args.device) / 1e9
+                        )
+                        torch.cuda.reset_peak_memory_stats(args.device)
+                        text += f"  {memory:.1f} GB"
+                    contract.say(text)
+                    contract.save(path, results)
+        except TimeoutError:
+            record["note"] = f"stopped after its {limit:.0f} s"
+        except (ImportError, torch.OutOfMemoryError, contract.ContractError) as error:
+            record["note"] = f"left out: {str(error).splitlines()[0]}"
+        except Exception as error:  # the other parts are worth their minutes on a GPU that is lent
+            traceback.print_exc()
+            record["note"] = f"failed: {type(error).__name__}: {error}"
+            failed.append(part)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        gc.collect()  # networks that hold each other
+        if "note" in record:
+            contract.say(f"{part:13}  {record['note']}")
+            contract.save(path, results)
     contract.say(path)
+    if failed:
+        raise contract.ContractError(f"failed, see above: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
-    contract.run(parse_args, main, estimate)
+    contract.run(parse_args, main, lambda args: {})

@@ -257,13 +257,15 @@ def write_curve(folder):
 
 
 def estimate(args):
-    seconds = SECONDS.get(args.dataset, SECONDS_FULL) * args.batch * args.steps
+    kind, estimated = "adapters" if args.lora else "all weights", SECONDS.get(args.dataset, SECONDS_FULL)
+    seconds, machine = common.rate(args, estimated, f"seconds, {kind}")
+    seconds *= args.batch * args.steps
     if args.dataset == "demo":
-        return {"03_unet": ("steps", args.steps, seconds, 2e6, "two CPU cores")}
+        return {"03_unet": ("steps", args.steps, seconds, 2e6, machine)}
     per_weight = 8 if args.lora else 24  # bytes on the GPU: one or five copies in float32, two in bfloat16
     memory = per_weight * WEIGHTS / 1e9 + GB_PER_CLIP * min(args.micro_batch, args.batch)
     disk = (2 if args.lora else 34) * WEIGHTS  # the U-Net in float16, two checkpoints in float32
-    return {"03_unet": ("steps", args.steps, seconds, disk, f"an A100 ({memory:.0f} GB of its memory)")}
+    return {"03_unet": ("steps", args.steps, seconds, disk, f"{machine} ({memory:.0f} GB of its memory)")}
 
 
 def main(args):

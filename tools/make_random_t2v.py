@@ -47,12 +47,12 @@ SCHEDULER = dict(
 )  # fmt: skip
 
 
-def make(part):
-    """unet, vae or text_encoder of the published configuration, without memory for its weights."""
+def make(part, device="meta"):
+    """unet, vae or text_encoder of the published configuration; on "meta" without memory for its weights."""
     from diffusers import AutoencoderKL, UNet3DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    with torch.device("meta"):
+    with torch.device(device):
         if part == "text_encoder":
             return CLIPTextModel(CLIPTextConfig(**TEXT_ENCODER))
         return UNet3DConditionModel(**UNET) if part == "unet" else AutoencoderKL(**VAE)

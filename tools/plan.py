@@ -30,13 +30,16 @@ def dry_run(words):
 
 
 def totals(texts):
-    """Lines of sums over lines as "03 8 of 8 videos left, 0.010 h on one CPU core, 0.002 GB"."""
+    """Lines of sums over lines as "03 8 of 8 videos left, 0.010 h on one CPU core, estimate, 0.002 GB"."""
     sums = {}
-    for script, hours, size in re.findall(r"^(\w+) .* ([\d.]+) h on .*, ([\d.]+) GB", "\n".join(texts), re.M):
+    line = r"^(\w+) .* ([\d.]+) h on .*, (measured|estimate)\b.*, ([\d.]+) GB"
+    for script, hours, mark, size in re.findall(line, "\n".join(texts), re.M):
+        measured, estimate = (float(hours) * (mark == kind) for kind in ("measured", "estimate"))
         for name in (script, "in all"):
-            old = sums.pop(name, (0, 0.0, 0.0))
-            sums[name] = old[0] + 1, old[1] + float(hours), old[2] + float(size)
-    return [f"{name}, {n} parts: {hours:.1f} h, {size:.1f} GB" for name, (n, hours, size) in sums.items()]
+            n, *old = sums.pop(name, (0, 0.0, 0.0, 0.0))
+            sums[name] = n + 1, old[0] + measured, old[1] + estimate, old[2] + float(size)
+    text = "{}, {} parts: {:.1f} h ({:.1f} measured, {:.1f} estimate), {:.1f} GB"
+    return [text.format(name, n, a + b, a, b, size) for name, (n, a, b, size) in sums.items()]
 
 
 def main():
