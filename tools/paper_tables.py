@@ -45,15 +45,14 @@ ROWS = {  # set, labels, how the set is made otherwise than by default
 TABLE1, SAMPLERS = [*ROWS][:-2], ("naive", "knoise", "gvd")
 NETS = ("minic3d", "cnn-gru", "cnn-rnn")
 PATTERNS, FRAMES = ("8x2", "3-3-3-3-2-2", "4x4", "2x8", "1x16"), ("continuous", "random")
-CLUSTERS = {
-    k: (f"gvd-{k}", "hard", (f"cluster {k}",)) for k in ("real-video", "dummy-video", "herding", "gmm")
-}
-CLUSTERS = {"direct": ROWS["gvd"]} | CLUSTERS
+CLUSTERS = {"direct": ROWS["gvd"]}
+for cluster in ("real-video", "dummy-video", "herding", "gmm"):
+    CLUSTERS[cluster] = (f"gvd-{cluster}", "hard", (f"cluster {cluster}",))
 CLUSTERS["direct-cosine"] = ("gvd-direct-cosine", "hard", ("distance cosine",))
 SWEEPS = {"lambda": ("guidance", (0, 0.01, 0.05, 0.1, 0.3, 1)), "stop": ("stop", (0, 0.25, 0.5, 0.75, 1))}
-SAME = {"lambda 0.1": "gvd", "stop 0.5": "gvd", "stop 1": "guidance-0"}  # the same videos by another name
-METRICS = [f"{name}_{of}" for name in ("coverage", "mpd") for of in ("per_class", "all")]
-METRICS = ["entropy_bits_classes", "entropy_nats_outputs", *METRICS]
+SAME = {"lambda 0.1": "gvd", "stop 0.5": "gvd"}  # the same videos by another name
+METRICS = ["entropy_bits_classes", "entropy_nats_outputs"]
+METRICS += [f"{name}_{of}" for name in ("coverage", "mpd") for of in ("per_class", "all")]
 DIGITS = {"table1_bytes": 0, "table1_mp4": 0, "table1_frames": 2, "table3": 4}  # others: 1
 CELL = ("value", "std", "n", "protocol", "note", "paper", "paper_std", "mark")
 PAPER = tables.paper_cells()
@@ -107,12 +106,15 @@ class Results:
         cell = {"value": value, "std": std, "n": int(result["n"]), "protocol": result["protocol"]}
         return cell | {"note": "; ".join(filter(None, notes))}
 
-    def size(self, row, column):
-        """Bytes of a set, by one of the two measures."""
+    def size(self, row, column="bytes"):
+        """Bytes of a set."""
         if (result := self.found.get((*row[:2], "minic3d"))) is None:
             return self.missing(row[0])
         size = result[column]
         return {"value": float(size)} if size else {"note": "not measured: tools/mp4_bytes.py"}
+
+    def mp4_size(self, row):
+        return self.size(row, "mp4_bytes")
 
     def score(self, name, stated=None):
         """Share of a set's videos that the network trained on all clips recognises.
@@ -132,7 +134,7 @@ class Results:
         error = math.sqrt(share * (100 - share) / n)
         return {"value": share, "n": n, "error": error, "note": "; ".join(notes)}
 
-    def metric(self, row, column):
+    def metric(self, column, row):
         made = contract.read(self.base / f"metrics_ipc{self.ipc}.json") or {"sets": []}
         found = next((r for r in made["sets"] if r["set"] == row and column in r["mean"]), None)
         if found is None:
@@ -186,43 +188,47 @@ def percent(part, whole):
     return 100 * part / whole
 
 
-# --- the tables: name, title, rows, columns {title: Results or whatever `cell` takes}, cell, note ---------
+# --- the tables: name, title, rows, columns (also as {title: what `cell` takes}), cell(column, row), note ---
+
+
+def pick(*names):
+    return {name: ROWS[name] for name in names}
 
 
 def table1(columns):
     """Table 1 and what goes with it, of one data set or of both real ones."""
+    rows, sets = pick(*TABLE1), pick(*TABLE1[:-1])
 
-    def relative(row, at):
-        return combine(at.top1(ROWS[row]), at.top1(ROWS["full"]), percent)
+    def top1(at, row):
+        return at.top1(row) if row else {"note": "its printed figures alone"}
 
-    def kept(_, at):
+    def relative(at, row):
+        return combine(at.top1(row), at.top1(ROWS["full"]), percent)
+
+    def kept(at, _):
         distilled = {"value": at.ipc * len(at.classes) * common.NUM_FRAMES}
         return combine(distilled, at.frame_count("frames of all training clips"), percent)
 
-    def top1(row, at):
-        return at.top1(ROWS[row]) if row in ROWS else {"note": "its printed figures alone"}
-
+    prism = {} if "demo IPC 1" in columns else {"prism": None}
     note = "Last epoch, mean ± sample standard deviation (networks), protocol."
-    rows = [*TABLE1, *["prism"] * ("demo IPC 1" not in columns)]
-    yield "table1", "Table 1: top-1 %", rows, columns, top1, note
+    yield "table1", "Table 1: top-1 %", rows | prism, columns, top1, note
     note = "A row's mean in percent of that of all clips."
-    yield "table1_relative", "relative to full, %", TABLE1[:-1], columns, relative, note
+    yield "table1_relative", "relative to full, %", sets, columns, relative, note
     note = "16 frames per video, of all frames of the training clips."
     yield "table1_frames", "frames kept, %", ["each distilled set"], columns, kept, note
     note = "The .mp4 files of a generated set, the uint8 clips at network size of a real one."
-    yield "table1_bytes", "stored bytes", TABLE1, columns, lambda r, at: at.size(ROWS[r], "bytes"), note
+    yield "table1_bytes", "stored bytes", rows, columns, Results.size, note
     note = "Each set, real or generated, as .mp4 at network size by the same encoder."
-    cell = lambda row, at: at.size(ROWS[row], "mp4_bytes")  # noqa: E731
-    yield "table1_mp4", "bytes by one measure", TABLE1, columns, cell, note
+    yield "table1_mp4", "bytes by one measure", rows, columns, Results.mp4_size, note
 
 
 def tables_2_to_4(at1, at5):
-    def across(row, column):
+    def across(column, row):
         at, net, base = column
-        cell = at.top1(ROWS[row], net)
-        return combine(cell, at.top1(ROWS[row]), operator.sub) if base else cell
+        cell = at.top1(row, net)
+        return combine(cell, at.top1(row), operator.sub) if base else cell
 
-    def composed(frames, pattern):
+    def composed(pattern, frames):
         stated = [f"pattern {pattern}"] * (pattern != "4x4")
         stated += ["frames continuous"] * (frames == "continuous" and pattern != "1x16")
         name = "-".join(["gvd", *(text.split()[1] for text in stated)])
@@ -231,7 +237,7 @@ def tables_2_to_4(at1, at5):
     columns = {f"IPC {at.ipc}, {net}": (at, net, "") for at in (at1, at5) for net in NETS}
     columns |= {f"IPC {at.ipc}, {net} - minic3d": (at, net, "-") for at in (at1, at5) for net in NETS[1:]}
     note = f"{DANCING}: the paper's Dancing w/ Images. Its figures are lost."
-    yield "table2", "Table 2: networks, top-1 %", ["random", DANCING, "gvd"], columns, across, note
+    yield "table2", "Table 2: networks, top-1 %", pick("random", DANCING, "gvd"), columns, across, note
     made = [f"{name}{step}" for name in SAMPLERS for step in (", before composition", "")]
     rows = ["all real clips", "random real clips", DANCING, *made]
     note = "The paper says neither the entropy's base nor whether per class or of all: it is by both."
@@ -242,38 +248,35 @@ def tables_2_to_4(at1, at5):
 
 def figures(columns, at5):
     """Fig. 7 to 10 and the cost of sampling."""
-    scored = {"dancing": DANCING, "knoise": "knoise-samples", "gvd before composition": "gvd-samples"}
-    scored |= {"gvd": "gvd", "real": "full"}
-    counted = {"before": "frames per clip, training and test", "after": "frames per distilled video"}
-    settings = {f"{k} {v:g}": (name, v) for k, (name, values) in SWEEPS.items() for v in values}
-
-    def swept(row, _):
-        name, value = settings[row]
-        stated = {name: value} if row != "stop 1" else {"guidance": 0}  # never guided: the same videos
-        return at5.score(SAME.get(row, f"{name}-{value:g}") + "-samples", stated)
-
-    for name, title, rows in (
-        ("fig7a", "Fig. 7 a: samplers, composed alike", SAMPLERS),
-        ("fig7b", "Fig. 7 b: decay", ("gvd without decay", "gvd")),
-        ("fig7c", "Fig. 7 c: composition, then soft labels", ("gvd without composition", *claims.OWN)),
-    ):
-        yield name, f"{title}, top-1 %", rows, columns, lambda row, at: at.top1(ROWS[row]), ""
+    top1, pairs = Results.top1, ("gvd without decay", "gvd")
+    yield "fig7a", "Fig. 7 a: samplers, composed alike, top-1 %", pick(*SAMPLERS), columns, top1, ""
+    yield "fig7b", "Fig. 7 b: decay, top-1 %", pick(*pairs), columns, top1, ""
+    rows = pick("gvd without composition", *claims.OWN)
+    yield "fig7c", "Fig. 7 c: composition, then soft labels, top-1 %", rows, columns, top1, ""
+    rows = {"dancing": DANCING, "knoise": "knoise-samples", "gvd before composition": "gvd-samples"}
+    rows |= {"gvd": "gvd", "real": "full"}
     note = "By MiniC3D of all clips, (videos); real: its own training clips. knoise: before composition."
-    cell = lambda row, _: at5.score(scored[row])  # noqa: E731
-    yield "fig7d", f"Fig. 7 d: recognised, %, IPC {at5.ipc}", scored, ["score"], cell, note
-    cell = lambda _, name: at5.frame_count(name)  # noqa: E731
-    yield "fig8", "Fig. 8: frames per video", [at5.dataset], counted, cell, ""
+    yield "fig7d", f"Fig. 7 d: recognised, %, IPC {at5.ipc}", rows, {"score": at5}, Results.score, note
+    counted = {"before": "frames per clip, training and test", "after": "frames per distilled video"}
+    rows = {at5.dataset: at5}
+    yield "fig8", "Fig. 8: frames per video", rows, counted, lambda name, at: at.frame_count(name), ""
+    title = f"Fig. 9: clustering, top-1 %, IPC {at5.ipc}"
     note = "The Frobenius distance is the Euclidean one of flattened latents, that of direct."
-    cell = lambda row, _: at5.top1(CLUSTERS[row])  # noqa: E731
-    yield "fig9", f"Fig. 9: clustering, top-1 %, IPC {at5.ipc}", CLUSTERS, ["top-1"], cell, note
+    yield "fig9", title, CLUSTERS, {"top-1": at5}, top1, note
+    rows = {
+        f"{title} {v:g}": (f"{key}-{v:g}", {key: v}) for title, (key, all_v) in SWEEPS.items() for v in all_v
+    }
+    rows |= {title: (name, rows[title][1]) for title, name in SAME.items()}
+    rows["stop 1"] = rows["lambda 0"]  # never guided: the same videos
+    title = f"Fig. 10: lambda and stop, recognised %, IPC {at5.ipc}"
     note = "One draw per prototype, before composition, (videos). stop s: guided while t > s T. "
     note += "The paper, on MiniUCF, without the values of lambda and stop: "
     note += ", ".join(f"{row} {cell['paper']}" for (t, row, _), cell in PAPER.items() if t == "fig10") + "."
-    yield "fig10", f"Fig. 10: lambda and stop, recognised %, IPC {at5.ipc}", settings, ["score"], swept, note
-    printed = PAPER["claims", "GPU memory, GB", "any IPC"]["paper"]
-    note = f"Stage 03 from start to end, (videos). The paper: {printed} GB at every IPC, on an A100."
+    yield "fig10", title, rows, {"score": at5}, lambda at, row: at.score(f"{row[0]}-samples", row[1]), note
     rows = ("seconds per video", "peak memory, GB")
-    yield "efficiency", "sampling", rows, columns, lambda row, at: at.cost(row), note
+    paper = PAPER["claims", "GPU memory, GB", "any IPC"]["paper"]
+    note = f"Stage 03 from start to end, (videos). The paper: {paper} GB at every IPC, on an A100."
+    yield "efficiency", "sampling", rows, columns, Results.cost, note
 
 
 # --- files ------------------------------------------------------------------------------------------------
@@ -305,11 +308,11 @@ def cell_text(cell, digits, footnotes):
 
 def write(folder, dataset, name, title, rows, columns, cell, note):
     """Writes a table; {(row, column): cell}."""
-    values = columns if isinstance(columns, dict) else dict(zip(columns, columns, strict=True))
+    rows, columns = (x if isinstance(x, dict) else dict(zip(x, x, strict=True)) for x in (rows, columns))
     cells, footnotes = {}, {}
     for row, column in itertools.product(rows, columns):
         place = column if name.startswith("table1") else f"{dataset} {column}"
-        cells[row, column] = cell(row, values[column]) | printed(name, row, place)
+        cells[row, column] = cell(columns[column], rows[row]) | printed(name, row, place)
     shown = {key: cell_text(found, DIGITS.get(name, 1), footnotes) for key, found in cells.items()}
     text = tables.table([title, *columns], [[row, *(shown[row, c] for c in columns)] for row in rows])
     text += f"\n{note}\n" * bool(note)
