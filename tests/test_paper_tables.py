@@ -28,7 +28,7 @@ def write_list(folder, *results):
 
 
 def make(place, *scripts):
-    for script in scripts or ("tools/tables.py", "tools/paper_tables.py", "tools/claims.py"):
+    for script in scripts or ("tools/tables.py", "tools/paper_tables.py"):
         code, text = place.run(script)
         assert code == 0, text
     return place.work / place.dataset / "tables"
@@ -73,15 +73,44 @@ def test_marks_of_how_a_set_was_made(place):
 def test_older_sets_are_marked(place):
     assert place.run("05", "--train-on", "full", "--save", "--repeats", 1)[0] == 0
     assert place.run("tools/metrics.py", 2, "--score")[0] == 0
+    make(place, "tools/tables.py")
     args = argparse.Namespace(work_dir=place.work, dataset="demo", classes=place.classes.split(","))
-    notes = [paper_tables.Results(args, "demo").score(2, name)["note"] for name in ("gvd", "gvd-samples")]
+    at = paper_tables.read_results(args, "demo")[2]
+    notes = [at.score(name)["note"] for name in ("gvd", "gvd-samples")]
     assert all(text.startswith("network short of its protocol: epochs 2, not 60; ") for text in notes)
-    found = paper_tables.Results(args, "demo").score(2, "gvd-samples", {"guidance": 0.3, "stop": 0.5})
+    found = at.score("gvd-samples", {"guidance": 0.3, "stop": 0.5})
     assert found["note"].endswith("guidance 0.1") and found["n"] == 4
     assert place.run("04", "--grouping", "in-order", "--name", "gvd")[0] == 0  # made anew
-    assert paper_tables.Results(args, "demo").score(2, "gvd")["note"].endswith("; of an older set")
+    assert at.score("gvd")["note"].endswith("; of an older set")
     folder = make(place)
     assert "of an older set" in cells(folder, "table1")["gvd", "demo IPC 2"]["note"]
+
+
+def test_dancing_is_taken_from_its_metrics_and_score(tmp_path, empty):
+    """Table 3 and Fig. 7 d, whose set has arrays; a share's error is binomial."""
+    place, base = empty._replace(work=tmp_path), tmp_path / "demo"
+    write_list(base, {"ipc": 5, "set": "mtt+d", "top1": 20.0, "protocol": "demo"})
+    outputs = {name: {"sha256": name} for name in ("set.json", "Walk.npy", "Wave.npy")}
+    contract.save(base / "04_distilled/ipc5/mtt+d/manifest.json", {"outputs": outputs})
+    made_of = contract.digest({name: name for name in outputs})  # as tools/metrics.py has it of media.py
+    row = {"set": "mtt+d", "std": {}, "values": dict.fromkeys(paper_tables.METRICS, [0.25])}
+    sets = [row | {"mean": dict.fromkeys(paper_tables.METRICS, 0.25)}]
+    frames = dict.fromkeys(("frames of all training clips", "frames per distilled video"), 16)
+    frames["frames per clip, training and test"] = 16
+    metrics = {"sets": sets, "inputs": {"distilled mtt+d": made_of}, "frames": frames}
+    contract.save(base / "metrics_ipc5.json", metrics)
+    score = {"short": [], "videos made of": made_of, "top1": 80.0, "videos": 100}
+    contract.save(base / "05_results/ipc5/mtt+d/score.json", score)
+    for note in ("", "of an older set"):
+        folder = make(place, "tools/paper_tables.py")
+        found = [cells(folder, "table3")["mtt+d", name] for name in paper_tables.METRICS]
+        assert {(cell["value"], cell["n"], cell["note"]) for cell in found} == {("0.25", "1", note)}
+        cell = cells(folder, "fig7d")["dancing", "score"]
+        assert (cell["value"], cell["n"], cell["note"]) == ("80.0", "100", note)
+        outputs["Walk.npy"]["sha256"] = "made anew"
+        contract.save(base / "04_distilled/ipc5/mtt+d/manifest.json", {"outputs": outputs})
+    args = argparse.Namespace(work_dir=tmp_path, dataset="demo", classes=["Walk", "Wave"])
+    assert claims.error(paper_tables.read_results(args, "demo")[5].score("mtt+d")) == 4
 
 
 def test_both_real_data_sets_and_the_paper(tmp_path, empty):
@@ -97,7 +126,7 @@ def test_both_real_data_sets_and_the_paper(tmp_path, empty):
     ]
     write_list(tmp_path / "hmdb51", *rows, gvd | {"labels": "soft", "top1": 22.0, "note": "short of it"})
     write_list(tmp_path / "miniucf", gvd | {"ipc": 5, "top1": 30.0})
-    folder = make(place, "tools/paper_tables.py", "tools/claims.py")
+    folder = make(place, "tools/paper_tables.py")
     text = (folder / "table1.md").read_text("utf-8")
     lines = {line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in text.splitlines() if line[:1] == "|"}
     columns = [f"{name} IPC {k}" for name in ("hmdb51", "miniucf") for k in (1, 5, 10, 20)]
@@ -116,22 +145,17 @@ def test_both_real_data_sets_and_the_paper(tmp_path, empty):
 
 
 def test_verdicts():
-    assert claims.judge((10, 1, ""), (7.1, 1, "")) == ("+2.9 ± 1.4", "shown")
-    assert claims.judge((10, 1, ""), (7.3, 1, "")) == ("+2.7 ± 1.4", "not shown")
-    assert claims.judge((1, 0, ""), (2, 0, "")) == ("-1.0 ± 0.0", "not shown")
-    assert claims.judge((0.5, None, ""), (0.25, 0.1, "")) == ("+0.25", "higher, no spread")
-    assert claims.judge("no such set", (1, 1, "")) == ("-", "not run: no such set")
-    assert (
-        claims.equal(807013, "807013") == ("807,013", "shown")
-        and claims.equal(1.984, "1.98", 2)[1] == "shown"
-    )
+    def cell(value, std=None, note=""):
+        return {"value": value, "std": std, "n": 4, "note": note}
+
+    assert claims.judge(cell(10, 2), cell(7.1, 2)) == ("+2.9 ± 1.4", "shown")
+    assert claims.judge(cell(10, 2), cell(7.3, 2, "a")) == ("+2.7 ± 1.4", "not shown, of marked results")
+    assert claims.judge(cell(1, 0), cell(2, 0)) == ("-1.0 ± 0.0", "not shown")
+    assert claims.judge(cell(0.5), cell(0.25, 0.1)) == ("+0.25", "higher, no spread")
+    assert claims.judge({"note": "no such set"}, cell(1, 1)) == ("-", "not run: no such set")
+    assert claims.equal(807013, "807013") == ("807,013", "shown")
+    assert claims.equal(1.984, "1.98", 2)[1] == "shown" and claims.equal(1.986, "1.98", 2)[1] == "not shown"
     assert claims.equal(None, "5")[1] == "not run" and claims.equal(3, "5 miniucf")[1] == "another data set"
-
-
-def test_shares_have_a_binomial_error(tmp_path):
-    line = ("gvd", "score", 80, None, 100, None, "", None, None, None)
-    contract.save(tmp_path / "fig7d.csv", [("row", "column", *paper_tables.CELL), line])
-    assert claims.read_tables(tmp_path)["fig7d"]["gvd", "score"] == (80, 4, "")
 
 
 @pytest.mark.parametrize("dataset", ["demo", "hmdb51"])

@@ -59,7 +59,7 @@ def commands(tmp_path):
     python, listed = repo / ".venv/bin/python", tmp_path / "commands"
     python.parent.mkdir(parents=True)
     elsewhere.mkdir()
-    for name in ("run_all.sh", "setup.sh", "requirements.txt", "tools/all.sh"):
+    for name in ("run_all.sh", "setup.sh", "requirements.txt", "tools/all.sh", "baselines/rows.sh"):
         (repo / name).parent.mkdir(exist_ok=True)
         shutil.copy(REPO / name, repo / name)
     python.write_text(WRITES_DOWN)
@@ -174,6 +174,19 @@ def test_commands_of_all(commands, monkeypatch, dataset):
 
     plans = commands(dataset, "all", "--dry-run")
     assert len(plans) >= len(lines) - 2  # but for the demo's videos and contact sheet
+
+
+def test_dancing_is_measured_where_there_are_baselines(commands):
+    """Tables 2 and 3, Fig. 7 d."""
+    lines = commands("demo", "all", "--baselines")
+    trained = [line for line in lines if re.search(r"--train-on mtt\+d --net", line)]
+    assert trained == [
+        f"05_train_eval.py demo {k} --train-on mtt+d --net {net}"
+        for k in (1, 5)
+        for net in ("cnn-gru", "cnn-rnn")
+    ]
+    assert [",mtt+d" in line for line in lines if "tools/metrics.py" in line] == [True, True]
+    assert not any("mtt" in line for line in commands("demo", "all"))
 
 
 def test_plan_adds_up(place, monkeypatch, capsys):

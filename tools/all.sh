@@ -7,7 +7,8 @@ generated() { # IPC NAME OPTIONS OF 03: a set of videos, composed by default and
   stage 5 05_train_eval.py "$1" --train-on "$2" "${few[@]}"
 }
 
-ipcs=(1 5 10 20) few=()
+ipcs=(1 5 10 20) few=() dancing="" measured=naive,knoise,gvd
+[ "$baselines" = 0 ] || dancing=mtt+d measured+=,mtt+d # of Tables 2 and 3, Fig. 7 d
 [ "$dataset" != demo ] || ipcs=(1 5 10)
 
 # Table 1; Fig. 7 a: samplers, b: decay, c: composition, soft labels; Fig. 8
@@ -26,7 +27,7 @@ done
 # Table 2: other networks
 for k in 1 5; do
   for net in cnn-gru cnn-rnn; do
-    for name in random gvd; do stage 5 05_train_eval.py "$k" --train-on "$name" --net "$net"; done
+    for name in random $dancing gvd; do stage 5 05_train_eval.py "$k" --train-on "$name" --net "$net"; done
   done
 done
 
@@ -50,7 +51,7 @@ stage 2 02_kmeans_prototypes.py 5 --distance cosine
 generated 5 gvd-direct-cosine --prototypes direct-cosine
 
 # Fig. 10: lambda and stop; Fig. 5: strength of K-Noise. One draw each
-scored=naive,knoise,gvd
+scored="$measured"
 for value in 0 0.01 0.05 0.3 1; do # 0.1 is gvd
   stage 3 03_guided_sample.py 5 --guidance "$value" --draws 1 --name "guidance-$value"
   scored+=",guidance-$value"
@@ -65,12 +66,11 @@ for value in 0.3 0.5 0.9 1; do # 0.7 is knoise
 done
 
 # Table 3, Fig. 3; Fig. 7 d, 10; the tables and figures
-stage 5 tools/metrics.py 5 --sets naive,knoise,gvd
+stage 5 tools/metrics.py 5 --sets "$measured"
 stage 5 tools/metrics.py 5 --sets "$scored" --score
 stage 5 tools/mp4_bytes.py
 [ "$dataset/$dry" != demo/0 ] || stage 5 demo/contact_sheet.py 5
 stage 5 tools/tables.py
 stage 5 tools/paper_tables.py
-stage 5 tools/claims.py
 stage 5 tools/figures.py 5
 stage 5 tools/gallery.py 5

@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -29,6 +30,7 @@ import media  # noqa: E402
 LEFT_OUT = ("log.txt", "manifest.json")
 KINDS = {"code": "code", "parameter": "parameters", "library": "versions"}  # of reasons: part of a record
 STATES = ("identical", "differ", "only in A", "only in B")  # of files
+JOINED = {"max": max, "mean": statistics.fmean, "PSNR": min}  # of the files of a class; other measures: sum
 SHOWN = 5  # reasons in a line
 
 
@@ -39,10 +41,12 @@ def parse_args():
     parser.add_argument("b", type=Path, metavar="B", help="folder")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
-    for folder in (args.a, args.b):
-        if not folder.is_dir():
-            parser.error(f"{folder} is no folder")
-    args.dry_run = False
+    args.dry_run, args.roots = False, (args.a, args.b)
+    if odd := [folder for folder in args.roots if not folder.is_dir()]:
+        parser.error(f"{odd[0]} is no folder")
+    args.folders = [find_folders(folder) for folder in args.roots]
+    if empty := [root for root, found in zip(args.roots, args.folders, strict=True) if not found]:
+        parser.error(f"nothing to compare in {empty[0]}")
     return args
 
 
@@ -62,16 +66,16 @@ def find_folders(root):
 
 def reasons(a, b):
     """["parameter guidance 0.1 -> 0.3"] of two records; an input that only one of them has is an extent."""
-    found, inputs = [], {*a["inputs"]} & {*b["inputs"]}
     parts = {kind: [record.get(key, {}) for record in (a, b)] for kind, key in KINDS.items()}
-    for name in ("device", "complete"):
-        parts[name] = [{"of": record.get(name)} for record in (a, b)]
-    parts["input"] = [{name: record["inputs"][name] for name in inputs} for record in (a, b)]
+    parts |= {name: [{"of": record.get(name)} for record in (a, b)] for name in ("device", "complete")}
+    common = a["inputs"].keys() & b["inputs"].keys()
+    parts["input"] = [{name: record["inputs"][name] for name in common} for record in (a, b)]
+    found = []
     for kind, (old, new) in parts.items():
-        for name in (name for name in sorted({*old, *new}) if old.get(name) != new.get(name)):
-            values = str(old.get(name)), str(new.get(name))
-            hashed = any(re.fullmatch("[0-9a-f]{16,64}", value) for value in values)
-            found.append(f"{kind} {name}" + ("" if hashed else " {} -> {}".format(*values)))
+        for name in sorted({*old, *new}):
+            x, y = (str(values.get(name)) for values in (old, new))
+            hashed = any(re.fullmatch("[0-9a-f]{16,64}", value) for value in (x, y))
+            found += [f"{kind} {name}" + ("" if hashed else f" {x} -> {y}")] if x != y else []
     return found
 
 
@@ -85,70 +89,68 @@ def class_of(name):
     return path.parts[-2] if inside else path.stem
 
 
+def read(path):
+    """What can be compared of a file: frames, an array, rows, the top-1 of a result; None of others."""
+    if path.suffix == ".mp4":
+        return media.read_video(path)
+    if path.suffix == ".json":
+        top1 = contract.read(path).get("top1")
+        return None if top1 is None else np.array([top1["mean"] if isinstance(top1, dict) else top1])
+    return contract.read(path) if path.suffix in (".npy", ".csv") else None
+
+
 def compare(a, b):
     """{measure: value} of two files that differ, by their kind."""
     try:
-        if a.suffix == ".mp4":
-            x, y = (media.read_video(path) for path in (a, b))
-        elif a.suffix == ".npy":
-            x, y = contract.read(a), contract.read(b)
-        elif a.suffix == ".csv":
-            rows = itertools.zip_longest(contract.read(a), contract.read(b))
-            return {"changed rows": sum(old != new for old, new in rows)}
-        elif a.suffix == ".json":
-            x, y = (np.array(top1(contract.read(path)) or []) for path in (a, b))
-        else:
-            return {}
+        x, y = read(a), read(b)
     except (contract.ContractError, media.BadVideo):
         return {"unreadable": 1}
+    if x is None or y is None:
+        return {}
+    if a.suffix == ".csv":
+        return {"changed rows": sum(old != new for old, new in itertools.zip_longest(x, y))}
     if x.shape != y.shape:
         return {"other shape": 1}
-    pairs = zip(np.atleast_1d(x), np.atleast_1d(y), strict=True)
-    parts = [np.abs(np.subtract(*pair, dtype=np.float64)) for pair in pairs]
+    parts = [np.abs(np.subtract(*pair, dtype=np.float64)) for pair in zip(x, y, strict=True)]
     if a.suffix == ".mp4":
-        error = np.mean([np.square(part).mean() for part in parts])
+        error = np.mean(np.square(parts))
         return {"PSNR": 10 * math.log10(255**2 / error)} if error else {"same frames": 1}
-    return {"max": max(p.max() for p in parts), "mean": np.mean([p.mean() for p in parts])} if parts else {}
+    return {"max": np.max(parts), "mean": np.mean(parts)}
 
 
-def top1(value):
-    """Top-1 of a JSON file of 05 or of the scores."""
-    found = value.get("top1") if isinstance(value, dict) else None
-    return found["mean"] if isinstance(found, dict) else found
-
-
-def add(counts, measured):
-    """Adds a file's measures to those of its class: sums, the largest max, the mean mean, the least PSNR."""
-    for name, value in measured.items():
-        n, old = counts["differ"], counts.get(name, value)
-        joined = {"max": max(old, value), "mean": old + (value - old) / n, "PSNR": min(old, value)}
-        counts[name] = round(joined.get(name, counts.get(name, 0) + value), 6)
-
-
-def compare_folder(args, folder, names):
-    """What differs in a folder that is in both: {} if nothing does. names: its files in A and in B."""
-    found, hashes = {"why": [], "damaged": [], "files": {}}, []
-    for root, here in zip((args.a, args.b), names, strict=True):
-        hashes.append({name: contract.sha256(root / folder / name) for name in here})
-        outputs = (contract.read_record(root / folder, "rm it") or {"outputs": {}})["outputs"]
-        bad = [name for name, entry in outputs.items() if hashes[-1].get(name) != entry["sha256"]]
-        found["damaged"] += [str(root / folder / name) for name in sorted(bad)]
-    if folder:
-        found["why"] = reasons(*(contract.read_record(root / folder, "rm it") for root in (args.a, args.b)))
-    same = True
+def compare_files(roots, hashes):
+    """{kind: {class: {state or measure: value}}} of the files {name: hash} in A and in B."""
+    found = {}
     for name in sorted({*hashes[0], *hashes[1]}):
-        old, new = (of_root.get(name) for of_root in hashes)
-        kind = found["files"].setdefault(Path(name).suffix or name, {})
-        counts = kind.setdefault(class_of(name), dict.fromkeys(STATES, 0))
+        old, new = (files.get(name) for files in hashes)
+        kind = found.setdefault(Path(name).suffix or name, {})
+        measures = kind.setdefault(class_of(name), {state: [] for state in STATES})
         state = "identical" if old == new else "differ" if old and new else f"only in {'A' if old else 'B'}"
-        counts[state] += 1
-        same = same and state == "identical"
-        if state == "differ":
-            paths = [root / folder / name for root in (args.a, args.b)]
-            add(counts, compare(*paths))
-            if paths[0].name == "result.json":
-                found["accuracy"] = accuracy(*map(contract.read, paths))
-    return {} if same and not found["why"] + found["damaged"] else found
+        measures[state].append(1)
+        for measure, value in compare(*(root / name for root in roots)).items() if state == "differ" else ():
+            measures.setdefault(measure, []).append(value)
+    for measures in (of_class for kind in found.values() for of_class in kind.values()):
+        for measure, values in measures.items():
+            measures[measure] = round(JOINED.get(measure, sum)(values), 6)
+    return found
+
+
+def compare_folder(roots, names):
+    """What differs in a folder that is in both: {} if nothing does. names: its files in A and in B."""
+    hashes = [{n: contract.sha256(root / n) for n in here} for root, here in zip(roots, names, strict=True)]
+    found, records = {"why": [], "damaged": []}, [contract.read_record(root, "rm it") for root in roots]
+    if all(records):
+        found["why"] = reasons(*records)
+        for root, record, files in zip(roots, records, hashes, strict=True):
+            wrong = [n for n, entry in record["outputs"].items() if files.get(n) != entry["sha256"]]
+            found["damaged"] += [str(root / name) for name in sorted(wrong)]
+    if hashes[0] == hashes[1] and not found["why"] + found["damaged"]:
+        return {}
+    found["files"] = compare_files(roots, hashes)
+    results = [root / "result.json" for root in roots if "result.json" in names[0]]
+    if results and hashes[0]["result.json"] != hashes[1].get("result.json"):
+        found["accuracy"] = accuracy(*map(contract.read, results))
+    return found
 
 
 def accuracy(a, b):
@@ -175,34 +177,26 @@ def why(found):
 
 def report(found):
     """The lines of a folder that is in both."""
-    lines = [f"  damaged: {name}" for name in found["damaged"]]
+    yield from (f"  damaged: {name}" for name in found["damaged"])
     if a := found.get("accuracy"):
         within = {True: "beyond", False: "within", None: "a single network, without"}[a["beyond"]]
         error = "" if a["error"] is None else f" ± {a['error']:.2f}"
-        change = f"{a['A']:.2f} -> {a['B']:.2f} %: {a['change']:+.2f}{error}"
-        lines.append(f"  top-1 {change}, {within} its spread")
+        yield f"  top-1 {a['A']:.2f} -> {a['B']:.2f} %: {a['change']:+.2f}{error}, {within} its spread"
     for kind, classes in found["files"].items():
-        for label, counts in classes.items():
-            values = ", ".join(f"{name} {value:g}" for name, value in counts.items() if value)
-            if values.split(" ")[0] != "identical" or "," in values:
-                lines.append(f"  {kind} {label}: {values}")
-        same = [c for c, counts in classes.items() if sum(counts.values()) == counts["identical"]]
+        same = [c for c, counts in classes.items() if not any(counts[state] for state in STATES[1:])]
+        for label in (label for label in classes if label not in same):
+            values = (f"{name} {value:g}" for name, value in classes[label].items() if value)
+            yield f"  {kind} {label}: {', '.join(values)}"
         if same:
-            lines.append(f"  {kind}: identical in {', '.join(same[:SHOWN])}" + " ..." * (len(same) > SHOWN))
-    return lines
+            yield f"  {kind}: identical in {', '.join(same[:SHOWN])}" + " ..." * (len(same) > SHOWN)
 
 
 def main(args):
-    a, b = find_folders(args.a), find_folders(args.b)
-    if not a or not b:
-        print(f"error: nothing to compare in {args.b if a else args.a}", file=sys.stderr)
-        sys.exit(2)
-    different = {}
+    (a, b), different = args.folders, {}
     for folder in sorted({*a, *b}, key=lambda name: (name == "", name)):
+        found = {"only in": "A" if folder in a else "B"}
         if folder in a and folder in b:
-            found = compare_folder(args, folder, (a[folder], b[folder]))
-        else:
-            found = {"only in": "A" if folder in a else "B"}
+            found = compare_folder([root / folder for root in args.roots], (a[folder], b[folder]))
         different |= {folder: found} if found else {}
     first = next(iter(different), None)
     if args.json:
@@ -211,9 +205,9 @@ def main(args):
         print(f"equal: {sum(map(len, a.values())):,} files")
     else:
         print(f"first: {first or 'files without a record'}: {why(different[first])}")
-    for folder, found in different.items() if not args.json else ():
-        print(f"\n{folder or 'files without a record'}: {why(found)}")
-        print("\n".join(report(found) if "files" in found else []))
+        for folder, found in different.items():
+            print(f"\n{folder or 'files without a record'}: {why(found)}")
+            print("\n".join(report(found) if "files" in found else []))
     sys.exit(1 if different else 0)
 
 

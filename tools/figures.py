@@ -16,6 +16,7 @@ Cost:    demo: 20 s on one CPU core. hmdb51: 3 min
 Expect:  a .png for each figure
 """
 
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import contract  # noqa: E402  isort: skip
 import numpy as np  # noqa: E402
+import tables  # noqa: E402
 
 import media  # noqa: E402
 
@@ -55,32 +57,29 @@ def draw_bars(args, name):
     if not (folder / f"{name}.csv").exists():
         raise contract.Missing(f"{folder / name}.csv is missing", fix="python tools/paper_tables.py")
     lines = contract.read(folder / f"{name}.csv")
-    rows, columns = (list(dict.fromkeys(line[key] for line in lines)) for key in ("row", "column"))
-    if len(columns) == 1:  # each row a group of its own
-        lines = [line | {"row": line["column"], "column": line["row"]} for line in lines]
-        rows, columns = columns, rows
     if not any(line["value"] for line in lines):
         raise contract.Missing(f"{name}: {lines[0]['note']}")
-    parts = rows if name == "efficiency" else [""]  # rows of different units: each its own axes
+    cells = {(line["row"], line["column"]): line for line in lines}
+    if len({column for _, column in cells}) == 1:  # each row a group of its own
+        cells = {(column, row): line for (row, column), line in cells.items()}
+    rows, columns = (list(dict.fromkeys(keys)) for keys in zip(*cells, strict=True))
+    parts = [[row] for row in rows] if name == "efficiency" else [rows]  # of other units: each its own axes
     figure, axes = canvas(1, len(parts), max(6, 1.5 + 0.3 * len(lines) + 0.5 * len(columns)), 4)
-    for axis, part in zip(axes[0], parts, strict=True):
-        shown = [row for row in rows if part in (row, "")]
-        for i, row in enumerate(shown):
-            for j, column in enumerate(columns):
-                (line,) = (line for line in lines if (line["row"], line["column"]) == (row, column))
-                x, label = j + (i + 0.5) / (len(shown) + 0.5), row if j == 0 and len(shown) > 1 else None
-                value, std = (float(line[key]) if line[key] else None for key in ("value", "std"))
-                width, color = 0.9 / (len(shown) + 0.5), f"C{i}"
-                axis.bar(x, value or 0, width, yerr=std, capsize=3, color=color, label=label)
-                if value is None:
-                    axis.text(
-                        x, 0, " not run", rotation=90, ha="center", va="bottom", fontsize=7, color="grey"
-                    )
-                if line["paper"]:
-                    axis.plot([x - width / 2, x + width / 2], [float(line["paper"])] * 2, "k-", lw=2)
+    for axis, shown in zip(axes[0], parts, strict=True):
+        width = 0.9 / (len(shown) + 0.5)
+        for (i, row), (j, column) in itertools.product(enumerate(shown), enumerate(columns)):
+            x, line = j + (i + 0.5) / (len(shown) + 0.5), cells[row, column]
+            value, std, paper = (float(line[key]) if line[key] else None for key in ("value", "std", "paper"))
+            label = row if j == 0 and len(shown) > 1 else None
+            axis.bar(x, value or 0, width, yerr=std, capsize=3, color=f"C{i}", label=label)
+            if value is None:
+                turned = {"rotation": 90, "ha": "center", "va": "bottom"}
+                axis.text(x, 0, " not run", fontsize=7, color="grey", **turned)
+            if paper:
+                axis.plot([x - width / 2, x + width / 2], [paper] * 2, "k-", lw=2)
         turned = {"rotation": 30, "ha": "right"} if len(columns) > 4 else {}
         axis.set_xticks([j + 0.5 for j in range(len(columns))], columns, **turned)
-        axis.set(ylabel=part, ylim=(0, None))
+        axis.set(ylabel=shown[0] if len(parts) > 1 else "", ylim=(0, None))
         if len(shown) > 1:
             axis.legend(fontsize=8)
     title = re.match(r"\| (.*?) \|", (folder / f"{name}.md").read_text("utf-8"))[1]
@@ -95,22 +94,19 @@ def draw_tsne(args):
     """Fig. 3. All points are embedded together; real ones are grey in each panel."""
     from sklearn.manifold import TSNE
 
-    folder, points = args.work_dir / args.dataset / f"features/ipc{args.ipc}", {}
-    for name in ("real", *METHODS):
-        if (folder / f"{name}.npy").exists():
-            points[name] = np.array(contract.read(folder / f"{name}.npy"))
-    if "real" not in points or len(points) == 1:
+    folder = args.work_dir / args.dataset / f"features/ipc{args.ipc}"
+    there = [name for name in ("real", *METHODS) if (folder / f"{name}.npy").exists()]
+    if there[:1] != ["real"] or len(there) == 1:
         fix = contract.command(args, "tools/metrics.py")
         raise contract.Missing(f"{folder} lacks the features of real clips or of any method", fix=fix)
-    everything = np.concatenate([*points.values()])
-    near = min(30, (len(everything) - 1) // 3)
-    placed = TSNE(perplexity=near, init="pca", random_state=args.seed).fit_transform(everything)
-    owner = np.repeat([*points], [len(p) for p in points.values()])
+    points = [contract.read(folder / f"{name}.npy") for name in there]
+    owner = np.repeat(there, [len(p) for p in points])
+    near = min(30, (len(owner) - 1) // 3)
+    placed = TSNE(perplexity=near, init="pca", random_state=args.seed).fit_transform(np.concatenate(points))
     rows = [(name, f"{x:.4f}", f"{y:.4f}") for name, (x, y) in zip(owner, placed.tolist(), strict=True)]
     contract.save(folder.parents[1] / "tables/fig3.csv", [("set", "x", "y"), *rows])
-    methods = [name for name in points if name != "real"]
-    figure, axes = canvas(1, len(methods), 4.5 * len(methods), 4.5)
-    for i, (axis, name) in enumerate(zip(axes[0], methods, strict=True)):
+    figure, axes = canvas(1, len(there) - 1, 4.5 * (len(there) - 1), 4.5)
+    for i, (axis, name) in enumerate(zip(axes[0], there[1:], strict=True)):
         axis.scatter(*placed[owner == "real"].T, s=6, color="lightgrey", label="real")
         axis.scatter(*placed[owner == name].T, s=18, color=f"C{i}", label=name)
         axis.set(xticks=[], yticks=[])
@@ -119,46 +115,43 @@ def draw_tsne(args):
     return figure
 
 
+def checked(args, folder, files):
+    """An earlier stage's folder, of which these files are checked."""
+    source = contract.Input(args, folder, f"bash run_all.sh {args.dataset} all")
+    source.check(files)
+    return source
+
+
 def distances(args, name, cluster):
     """Distance [videos] of the first draws of a set to the prototypes they belong to."""
-    fix = "bash run_all.sh " + args.dataset + " all"
-    samples = contract.Input(args, f"03_samples/ipc{args.ipc}/{name}", fix)
-    prototypes = contract.Input(args, f"02_prototypes/ipc{args.ipc}/{cluster}", fix)
-    prototypes.check(f"{c}.npy" for c in args.classes)
-    files = {c: [f"{c}/{k}_0.npy" for k in range(args.ipc)] for c in args.classes}
-    samples.check(file for of_class in files.values() for file in of_class)
-    found = []
-    for label, of_class in files.items():
-        centres = prototypes.load(f"{label}.npy")  # [K, 16, 4, h, w]
-        latents = np.stack([samples.load(file) for file in of_class])
-        found += np.square(latents - centres, dtype=np.float64).mean((1, 2, 3, 4)).tolist()
-    return np.sqrt(found)
+    names = [(c, k, f"{c}/{k}_0.npy") for c in args.classes for k in range(args.ipc)]
+    samples = checked(args, f"03_samples/ipc{args.ipc}/{name}", [file for *_, file in names])
+    files = [f"{c}.npy" for c in args.classes]
+    prototypes = checked(args, f"02_prototypes/ipc{args.ipc}/{cluster}", files)
+    centres = {c: prototypes.load(f"{c}.npy") for c in args.classes}  # [K, 16, 4, h, w]
+    away = (np.subtract(samples.load(file), centres[c][k]) for c, k, file in names)
+    return np.sqrt([np.square(x, dtype=np.float64).mean() for x in away])
 
 
 def draw_distances(args):
     """Fig. 5."""
-    folder = args.work_dir / args.dataset / "tables"
+    folder, rows = args.work_dir / args.dataset / "tables", []
     sets = [(name, "dummy-video", f"{s:g}") for s, name in STRENGTHS.items()]
-    sets += [("naive", "dummy-video", ""), ("naive", "direct", ""), ("gvd", "direct", "")]
-    rows = []
-    for name, cluster, strength in sets:
-        d = distances(args, name, cluster)
-        rows.append((name, cluster, strength, f"{d.mean():.6f}", f"{d.std(ddof=1):.6f}", len(d)))
+    for key in (*sets, ("naive", "dummy-video", ""), ("naive", "direct", ""), ("gvd", "direct", "")):
+        d = distances(args, *key[:2])
+        rows.append((*key, f"{d.mean():.6f}", f"{d.std(ddof=1):.6f}", len(d)))
     titles = ("set", "prototypes", "strength", "mean", "std", "n")
     contract.save(folder / "fig5.csv", [titles, *rows])
-    lines = [titles, ["---"] * len(titles), *([str(value) for value in row] for row in rows)]
-    text = "".join("| " + " | ".join(line) + " |\n" for line in lines)
-    contract.save(
-        folder / "fig5.md", (text + "\nDistance to the prototype, root mean square over a latent.\n").encode()
-    )
-    figure, axes = canvas()
-    values = np.array([[float(r[2]), float(r[3]), float(r[4])] for r in rows if r[2]])
-    axes[0, 0].errorbar(*values.T, marker="o", capsize=3, label="knoise to dummy-video")
+    text = tables.table(titles, rows) + "\nDistance to the prototype, root mean square over a latent.\n"
+    contract.save(folder / "fig5.md", text.encode())
+    figure, ((axis,),) = canvas()
+    values = np.array([row[2:5] for row in rows if row[2]], float)
+    axis.errorbar(*values.T, marker="o", capsize=3, label="knoise to dummy-video")
     for i, (name, cluster, _, mean, *_) in enumerate(row for row in rows if not row[2]):
-        axes[0, 0].axhline(float(mean), color=f"C{i + 1}", ls="--", label=f"{name} to {cluster}")
-    axes[0, 0].set(xlabel="strength of K-Noise", ylabel="distance to the prototype", ylim=(0, None))
-    axes[0, 0].legend()
-    axes[0, 0].set_title(f"{args.dataset}, IPC {args.ipc}")
+        axis.axhline(float(mean), color=f"C{i + 1}", ls="--", label=f"{name} to {cluster}")
+    axis.set(xlabel="strength of K-Noise", ylabel="distance to the prototype", ylim=(0, None))
+    axis.legend()
+    axis.set_title(f"{args.dataset}, IPC {args.ipc}")
     return figure
 
 
@@ -175,20 +168,15 @@ def draw_strips(rows, title):
 
 
 def video(args, folder, file):
-    fix = "bash run_all.sh " + args.dataset + " all"
-    source = contract.Input(args, folder, fix)
-    source.check([file])
-    return media.read_video(source.folder / file)
+    return media.read_video(checked(args, folder, [file]).folder / file)
 
 
 def draw_methods(args):
     """Fig. 2."""
     names = {"naive": "naive", "K-Noise": "knoise", "GVD without decay": "gvd-no-decay", "GVD": "gvd"}
-    label, ipc = args.classes[0], f"ipc{args.ipc}"
-    rows = {
-        title: video(args, f"03_samples/{ipc}/{name}", f"{label}/0_0.mp4") for title, name in names.items()
-    }
-    rows["GVD composed"] = video(args, f"04_distilled/{ipc}/gvd", f"{label}/0.mp4")
+    label, place = args.classes[0], f"ipc{args.ipc}"
+    rows = {t: video(args, f"03_samples/{place}/{name}", f"{label}/0_0.mp4") for t, name in names.items()}
+    rows["GVD composed"] = video(args, f"04_distilled/{place}/gvd", f"{label}/0.mp4")
     return draw_strips(rows, f"{args.dataset}, {label}: from the same noise")
 
 

@@ -14,7 +14,9 @@ Expect:  open work/demo/gallery.html
 """
 
 import html
+import itertools
 import json
+import string
 import sys
 import urllib.parse
 from pathlib import Path
@@ -22,6 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import contract  # noqa: E402  isort: skip
 import numpy as np  # noqa: E402
+import tables  # noqa: E402
 import torch  # noqa: E402
 
 import common  # noqa: E402
@@ -29,49 +32,7 @@ import media  # noqa: E402
 
 SECONDS = {"demo": 0.2}  # per prototype, on two CPU cores; any other data set on an A100, by estimate:
 SECONDS_FULL = 2
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title>
-<link rel="icon" href="data:,">
-<style>
-body {{ font: 14px sans-serif; margin: 1em; }}
-nav {{ position: sticky; top: 0; background: white; padding: .5em 0; z-index: 1; }}
-section h2 {{ margin: .8em 0 .2em; }}
-figure {{ display: inline-block; margin: 2px 6px 6px 0; vertical-align: top; width: {width}px; }}
-video {{ width: 100%; display: block; background: #ddd; aspect-ratio: {ratio}; object-fit: contain; }}
-figcaption {{ font-size: 11px; overflow-wrap: anywhere; }}
-.bar {{ display: flex; align-items: center; height: 18px; white-space: nowrap; }}
-.bar b {{ flex: 0 0 16em; font-weight: normal; }}
-.bar i {{ flex: none; background: #48a; height: 12px; margin-right: 6px; }}
-.bar em {{ font-style: normal; overflow: hidden; text-overflow: ellipsis; }}
-[hidden] {{ display: none; }}
-</style>
-<h1>{title}</h1>
-<div id="results"><p>top-1 %, MiniC3D: mean ± standard deviation (networks)</p>
-{bars}</div>
-<nav><label>class <select id="class"><option value="">all</option>{classes}</select></label>
-<label>method <select id="method"><option value="">all</option>{methods}</select></label></nav>
-{sections}
-<script>
-const figures = [...document.querySelectorAll("figure")];
-const seen = new IntersectionObserver(entries => entries.forEach(e => {{
-  if (e.isIntersecting) e.target.play().catch(() => {{}}); else e.target.pause();
-}}));
-figures.forEach(f => {{
-  const video = f.querySelector("video"), line = f.querySelector("span");
-  seen.observe(video);
-  if (line) video.addEventListener("timeupdate", () => {{
-    const sources = JSON.parse(video.dataset.sources);
-    line.textContent = sources[Math.min(sources.length - 1, Math.floor(video.currentTime * {rate} + 1e-3))];
-  }});
-}});
-function filter() {{
-  const label = document.getElementById("class").value, method = document.getElementById("method").value;
-  document.querySelectorAll("section").forEach(s => s.hidden = label && s.dataset.class !== label);
-  figures.forEach(f => f.hidden = method && f.dataset.method !== method);
-}}
-["class", "method"].forEach(id => document.getElementById(id).addEventListener("change", filter));
-</script></html>
-"""
+STEPS = {"03_samples": "generated", "04_distilled": "composed"}
 RATE = 8  # frames per second of the stages' .mp4
 
 
@@ -81,16 +42,14 @@ def parse_args():
     return contract.parse(parser)
 
 
-def figure(path, method, caption, sources=None):
+def figure(path, method, caption, sources=()):
     """A video with its caption. sources: of each of its frames."""
     data, line = "", ""
     if sources:
         data, line = f' data-sources="{html.escape(json.dumps(sources))}"', "<br><span></span>"
-    video = (
-        f'<video src="{urllib.parse.quote(path)}" muted loop playsinline preload="metadata"{data}></video>'
-    )
+    words = f'src="{urllib.parse.quote(path)}" muted loop playsinline preload="metadata"{data}'
     caption = f"<figcaption>{html.escape(caption)}{line}</figcaption>"
-    return f'<figure data-method="{html.escape(method)}">{video}{caption}</figure>'
+    return f'<figure data-method="{html.escape(method)}"><video {words}></video>{caption}</figure>'
 
 
 def bars(args):
@@ -98,13 +57,11 @@ def bars(args):
     path, lines = args.work_dir / args.dataset / "tables/results.csv", []
     for row in contract.read(path) if path.exists() else []:
         if row["net"] == "minic3d" and row["ipc"] in ("", str(args.ipc)):
-            name = row["set"] + ", soft labels" * (row["labels"] == "soft")
-            spread = f" ± {float(row['std']):.1f}" if row["std"] else ""
-            marks = "; ".join(text for text in (row["note"], row["making"]) if text)
-            text = f"{float(row['top1']):.1f}{spread} ({row['n']}) {marks}"
-            width = f"{3 * float(row['top1']):.0f}px"
-            bar = f'<b>{html.escape(name)}</b><i style="width:{width}"></i><em>{html.escape(text)}</em>'
-            lines.append((float(row["top1"]), f'<div class="bar" title="{html.escape(text)}">{bar}</div>'))
+            top1, std = float(row["top1"]), float(row["std"]) if row["std"] else None
+            marks = "; ".join(filter(None, (row["note"], row["making"])))
+            text = html.escape(f"{tables.accuracy(top1, std, row['n'])} {marks}")
+            bar = f'<b>{html.escape(tables.row_name(row))}</b><i style="width:{3 * top1:.0f}px"></i>'
+            lines.append((top1, f'<div class="bar" title="{text}">{bar}<em>{text}</em></div>'))
     return "\n".join(line for _, line in sorted(lines, reverse=True)) or "<p>no results yet</p>"
 
 
@@ -132,10 +89,9 @@ def decode_prototypes(args):
     output = contract.Output(args, f"gallery/ipc{args.ipc}", parameters, inputs, wanted)
     vae = common.load_part(vae_folder, "vae", output.device, torch.float32) if output.todo else None
     for label in args.classes:
-        members = [{} for _ in range(args.ipc)]
-        for row in prototypes.load(f"{label}.csv"):
-            members[int(row["prototype"])][row["name"]] = float(row["distance"])
-        nearest[label] = [min(of_k, key=of_k.get) for of_k in members]
+        rows = prototypes.load(f"{label}.csv")
+        members = ([row for row in rows if int(row["prototype"]) == k] for k in range(args.ipc))
+        nearest[label] = [min(of_k, key=lambda row: float(row["distance"]))["name"] for of_k in members]
     for label in output.mine(args.classes, made):
         names = [row["name"] for row in clips.load(f"train/{label}.csv")]
         latents, real = prototypes.load(f"{label}.npy"), clips.load(f"train/{label}.npy")
@@ -148,23 +104,21 @@ def decode_prototypes(args):
 
 
 def find_videos(args):
-    """{(folder, method): {file: the source of each frame, None if not composed}} of the sets."""
-    found = {}
-    for name in args.sets.split(","):
-        for step, kind in (("03_samples", "generated"), ("04_distilled", "composed")):
-            place = f"{step}/ipc{args.ipc}/{name}"
-            folder = args.work_dir / args.dataset / place
-            record = contract.read(folder / "manifest.json") or {"complete": False}
-            if record["complete"]:
-                files = dict.fromkeys(sorted(n for n in record["outputs"] if n.endswith(".mp4")))
-                for row in (
-                    contract.read(folder / "metadata.csv") if "metadata.csv" in record["outputs"] else ()
-                ):
-                    parts = zip(row["sources"].split(), row["frames"].split(), strict=True)
-                    sources = [f"{sample}, frame {f}" for sample, frames in parts for f in frames.split("-")]
-                    files[row["file_name"]] = sources
-                found[place, f"{name}, {kind}"] = files
-    return found
+    """Of the sets: each file below the data set's folder, its class, its method, its frames' sources."""
+    for name, step in itertools.product(args.sets.split(","), STEPS):
+        place = f"{step}/ipc{args.ipc}/{name}"
+        folder = args.work_dir / args.dataset / place
+        record = contract.read(folder / "manifest.json")
+        if not record or not record["complete"]:
+            continue
+        sources = {}
+        if "metadata.csv" in record["outputs"]:
+            for row in contract.read(folder / "metadata.csv"):
+                parts = zip(row["sources"].split(), row["frames"].split(), strict=True)
+                frames = [f"{sample}, frame {f}" for sample, chosen in parts for f in chosen.split("-")]
+                sources[row["file_name"]] = frames
+        for file in sorted(file for file in record["outputs"] if file.endswith(".mp4")):
+            yield f"{place}/{file}", Path(file).parent.name, f"{name}, {STEPS[step]}", sources.get(file)
 
 
 def options(names):
@@ -172,29 +126,34 @@ def options(names):
 
 
 def main(args):
-    base, sections, nearest = args.work_dir / args.dataset, [], decode_prototypes(args)
+    nearest = decode_prototypes(args)
     if args.dry_run:
         return
-    made, place = find_videos(args), f"gallery/ipc{args.ipc}"
+    found, place, sections = [*find_videos(args)], f"gallery/ipc{args.ipc}", []
     for label in args.classes:
         shown, title = [], html.escape(label)
         for k, name in enumerate(nearest[label]):
             shown.append(figure(f"{place}/real/{label}/{k}.mp4", "real", f"real: {name}"))
             text = f"prototype {k}, nearest to {name}"
             shown.append(figure(f"{place}/prototype/{label}/{k}.mp4", "prototype", text))
-        for (folder, method), files in made.items():
-            for file in (file for file in files if file.startswith(f"{label}/")):
-                text = f"{method}: {Path(file).stem}"
-                shown.append(figure(f"{folder}/{file}", method, text, files[file]))
+        for file, _, method, sources in (video for video in found if video[1] == label):
+            shown.append(figure(file, method, f"{method}: {Path(file).stem}", sources))
         videos = "\n".join(shown)
         sections.append(f'<section data-class="{title}"><h2>{title}</h2>\n{videos}</section>')
-    values = {"title": f"{args.dataset}, IPC {args.ipc}", "bars": bars(args), "rate": RATE}
-    methods = ["real", "prototype", *(method for _, method in made)]
-    values |= {"classes": options(args.classes), "methods": options(methods), "sections": "\n".join(sections)}
     width, height = args.spec["size"]
-    values |= {"width": 96 if width < 96 else 224, "ratio": f"{width} / {height}"}
-    contract.save(base / "gallery.html", PAGE.format(**values).encode())
-    contract.say(base / "gallery.html")
+    page = string.Template((contract.ROOT / "tools/gallery.html").read_text("utf-8")).substitute(
+        title=f"{args.dataset}, IPC {args.ipc}",
+        bars=bars(args),
+        classes=options(args.classes),
+        methods=options(dict.fromkeys(["real", "prototype", *(method for _, _, method, _ in found)])),
+        sections="\n".join(sections),
+        rate=RATE,
+        width=96 if width < 96 else 224,
+        ratio=f"{width} / {height}",
+    )
+    path = args.work_dir / args.dataset / "gallery.html"
+    contract.save(path, page.encode())
+    contract.say(path)
 
 
 if __name__ == "__main__":

@@ -27,23 +27,24 @@ import contract  # noqa: E402  isort: skip
 import common  # noqa: E402
 import media  # noqa: E402
 
-HARD, SOFT = ("random", "herding", "kcenter", "gvd", "full"), ("random", "gvd")  # Table 1's rows by labels
+TABLE1 = [(name, "hard") for name in ("random", "herding", "kcenter", "gvd", "full")]  # set, labels
+TABLE1 += [(name, "soft") for name in ("random", "gvd")]
 PLACE = {"random": 0, "herding": 1, "kcenter": 2, "full": 4}  # of a set's rows; generated sets: 3, by name
 CSV = ("set", "labels", "net", "protocol", "top1", "std", "n", "top5", "videos", "bytes", "paper", "note")
+LIST = ("ipc", *CSV[:10], "mp4_bytes", "note", "making")  # columns of results.csv
 TITLES = ("network, protocol", "top-1 % (n)", "top-5 %", "videos", "stored bytes")
 NOTE = """
 Last epoch; mean ± sample standard deviation over n networks. Stored bytes: the .mp4 files of a generated set,
 the uint8 clips at network size of a real one. Top-1 of each network: """
+OF_PAPER = "Paper: as far as its text lets it be computed, the better one of its two GVD rows.\n"
 MEASURED = ("measured.json", "samplers.csv", "finetune.json")  # by demo/experiments.py
-LIST = ("ipc", *CSV[:10], "mp4_bytes", "note", "making")  # columns of results.csv
 DEFAULTS = {  # of each stage; what else a set was made with is listed
     "02_prototypes": {"cluster": "direct", "distance": "euclidean", "seed": 0},
     "03_samples": {
         "sampler": "gvd", "scheduler": "ddim", "steps": 50, "cfg": 9.0, "guidance": 0.1, "stop": 0.5,
         "guidance_form": "ddim", "decay": "linear", "strength": 0.7, "seed": 0},
     "04_distilled": {"pattern": "4x4", "frames": "random", "grouping": "random", "seed": 0}}  # fmt: skip
-DEMO_DEFAULTS = {"steps": 25, "cfg": 2.0}
-OF_PAPER = "Paper: as far as its text lets it be computed, the better one of its two GVD rows.\n"
+DEMO_DEFAULTS = {"steps": 25, "cfg": 2.0}  # of 03
 
 
 def parse_args():
@@ -53,21 +54,80 @@ def parse_args():
     return contract.parse(parser)
 
 
-# --- rows -------------------------------------------------------------------------------------------------
+# --- for the other tools too ------------------------------------------------------------------------------
 
 
-def accuracy(mean, std, n):
-    """Mean ± sample standard deviation (number of networks), in percent."""
-    return f"{mean:.1f}{'' if std is None else f' ± {std:.1f}'} ({n})"
+def table(titles, rows):
+    """A table in Markdown."""
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
 
 
-def row_name(result):
-    return result["set"] + ", soft labels" * (result["labels"] == "soft")
+def paper_cells():
+    """{(table, row, column): the paper's figure, as part of a cell of tools/paper_tables.py}."""
+    rows = contract.read(contract.ROOT / "tools" / "paper_results.csv")
+    named = {"paper": "value", "paper_std": "std", "mark": "mark"}
+    return {(r["table"], r["row"], r["column"]): {key: r[n] for key, n in named.items()} for r in rows}
 
 
-def file_name(result):
-    net = "" if result["net"] == "minic3d" else f"_{result['net']}"
-    return result["set"] + "_soft" * (result["labels"] == "soft") + net
+def hashes(folder):
+    """{file: sha256} of what the record of a folder names; {} without a record."""
+    record = contract.read(folder / "manifest.json") or {"outputs": {}}
+    return {name: entry["sha256"] for name, entry in record["outputs"].items()}
+
+
+def set_hash(folder, classes, limit=None, ending=".mp4"):
+    """Hash of a set, as stage 05 and tools/metrics.py record on what they worked; None without a record."""
+    files = hashes(folder)
+    if "set.json" in files:  # of arrays
+        names = ["set.json", *(f"{c}.npy" for c in classes)]
+    else:
+        videos = sorted(name for name in files if name.endswith(ending))
+        names = [n for c in classes for n in [v for v in videos if v.startswith(f"{c}/")][:limit]]
+    return contract.digest({n: files.get(n) for n in names}) if names else None
+
+
+# --- results ----------------------------------------------------------------------------------------------
+
+
+def is_older(args, result, record):
+    """Whether the set has been made anew since it was trained on; False where the records do not tell."""
+    base, place = args.work_dir / args.dataset, f"ipc{result['ipc']}/{result['set']}"
+    limit = record["parameters"]["limit"]
+    now = {"training set": set_hash(base / "04_distilled" / place, args.classes, limit)}
+    if result["set"] in PLACE:
+        windows = "windows/" * (result["protocol"]["sampling"] == "drawn")
+        clips = [file for c in args.classes for file in (f"{windows}train/{c}.npy", f"train/{c}.csv")]
+        wanted = {"training set": ("01_clips", clips)}
+        wanted["coreset"] = (f"05_coresets/{place}", [f"{c}.csv" for c in args.classes])
+        for part, (folder, names) in wanted.items():
+            files = hashes(base / folder)
+            now[part] = contract.digest({n: files.get(n) for n in names}) if files else None
+    return any(h not in (None, record["inputs"].get(part, h)) for part, h in now.items())
+
+
+def read_results(args):
+    """Results of these classes, at args.ipc and of all clips; at every IPC without one.
+
+    A result gains `ipc` (None: all clips), `path` and `older`. A damaged one is an error.
+    """
+    found, base, groups = [], args.work_dir / args.dataset, ("full", f"ipc{args.ipc or '*'}")
+    paths = [p for group in groups for p in (base / "05_results").glob(f"{group}/*/*/result.json")]
+    for path in sorted(path for path in paths if ".old-" not in path.parent.name):
+        group, name = path.parts[-4:-2]
+        ipc = int(group[3:]) if group != "full" else None
+        here = argparse.Namespace(**vars(args) | {"ipc": ipc})
+        fix = contract.command(here, "05_train_eval.py", "--train-on", name)
+        try:
+            source = contract.Input(args, path.parent.relative_to(base), fix)
+        except contract.Missing as error:
+            contract.say(f"left out, not finished: {str(error).splitlines()[0]}")
+            continue
+        source.check(source.outputs)
+        result = contract.read(path) | {"ipc": ipc, "path": path}
+        if sorted(result["per_class"]) == args.classes:
+            found.append(result | {"older": is_older(args, result, source.record)})
+    return found
 
 
 def note(result):
@@ -86,101 +146,11 @@ def making(result, dataset, unet):
     if "04_distilled" not in made and result["set"] not in PLACE:
         return ["unknown making"]
     for step, usual in DEFAULTS.items():
-        usual = usual | {
-            key: DEMO_DEFAULTS[key] for key in usual if dataset == "demo" and key in DEMO_DEFAULTS
-        }
+        usual = usual | (DEMO_DEFAULTS if (step, dataset) == ("03_samples", "demo") else {})
         used = {key: value for key, value in made.get(step, {}).items() if value is not None}
         found += [f"{key} {used[key]}" for key in usual if used.get(key, usual[key]) != usual[key]]
         found += ["another U-Net"] * (unet is not None and used.get("unet", unet) != unet)
     return list(dict.fromkeys(found))
-
-
-def paper_figures(dataset, ipc):
-    """{row of Table 1: its top-1 % in the paper}; of all real clips at any IPC."""
-    rows = contract.read(contract.ROOT / "tools" / "paper_results.csv")
-    columns = (dataset, f"{dataset} ipc{ipc}")
-    return {row["row"]: row["value"] for row in rows if row["table"] == "1" and row["column"] in columns}
-
-
-def rows_of(results, paper):
-    """The rows in the order of Table 1, {name of CSV: value}; those of Table 1 that are not run included."""
-    wanted = [(name, "hard") for name in HARD] + [(name, "soft") for name in SOFT]
-    there, rows = {(r["set"], r["labels"]) for r in results if r["net"] == "minic3d"}, []
-    for name, labels in (key for key in wanted if key not in there):
-        rows.append({"set": name, "labels": labels, "net": "minic3d", "note": "not run"})
-    for result in results:
-        row = {name: result[name] for name in ("set", "labels", "net", "videos", "bytes")} | result["top1"]
-        row |= {"protocol": result["protocol"]["name"], "note": note(result), "top5": result["top5"]["mean"]}
-        rows.append(row | {"top1": row["mean"]})
-    for row in rows:
-        row["paper"] = paper.get(row_name(row)) if row["net"] == "minic3d" else None
-    return sorted(rows, key=lambda r: (PLACE.get(r["set"], 3), r["set"], r["net"], r["labels"]))
-
-
-def markdown(dataset, ipc, results):
-    paper = paper_figures(dataset, ipc)
-    titles = [f"{dataset}, IPC {ipc}", *TITLES, *["paper"] * bool(paper)]
-    lines, each = ["| " + " | ".join(titles) + " |", "| " + " | ".join("---" for _ in titles) + " |"], []
-    for row in rows_of(results, paper):
-        cells = [row_name(row), row["net"], "not run", "-", "-", "-"]
-        if "top1" in row:
-            marked = f" **{row['note']}**" if row["note"] else ""
-            cells[1:] = (
-                f"{row['net']}, {row['protocol']}{marked}",
-                accuracy(row["top1"], row["std"], row["n"]),
-            )
-            cells += [f"{row['top5']:.1f}", f"{row['videos']:,}", f"{row['bytes']:,}"]
-            each.append(f"{row_name(row)}: " + ", ".join(f"{value:.2f}" for value in row["values"]))
-        lines.append("| " + " | ".join(cells + [row["paper"] or "-"] * bool(paper)) + " |")
-    text = "\n".join(lines) + "\n" + NOTE + "; ".join(each) + "\n" + OF_PAPER * bool(paper)
-    return text + (f"The best method before it: {paper['best prior']}.\n" if "best prior" in paper else "")
-
-
-# --- results ----------------------------------------------------------------------------------------------
-
-
-def is_older(args, result, record):
-    """Whether the set has been made anew since it was trained on; False where the records do not tell."""
-    name, classes, ipc = result["set"], sorted(result["per_class"]), f"ipc{result['ipc']}"
-    windows = "windows/" * (result["protocol"]["sampling"] == "drawn")
-    clips = [file for c in classes for file in (f"{windows}train/{c}.npy", f"train/{c}.csv")]
-    wanted = {"training set": ("01_clips", clips) if name in PLACE else (f"04_distilled/{ipc}/{name}", None)}
-    wanted["coreset"] = (f"05_coresets/{ipc}/{name}", [f"{c}.csv" for c in classes])
-    for part, (folder, names) in wanted.items():
-        made = contract.read(args.work_dir / args.dataset / folder / "manifest.json") or {"outputs": {}}
-        files = {file: entry["sha256"] for file, entry in made["outputs"].items()}
-        if "set.json" in files and part != "coreset":  # of arrays, one of each class
-            names = ["set.json", *(f"{c}.npy" for c in classes)]
-        elif names is None:  # the first --limit videos of each class
-            of_class = ([n for n in sorted(files) if n.startswith(f"{c}/")] for c in classes)
-            names = [n for videos in of_class for n in videos[: record["parameters"]["limit"]]]
-        now = contract.digest({n: files.get(n) for n in names})
-        wanted[part] = bool(files) and record["inputs"].get(part, now) != now
-    return any(wanted.values())
-
-
-def read_results(args):
-    """[(result, its file)] of these classes, at args.ipc and of all clips; at every IPC without one.
-
-    A result gains `ipc` (None: all clips) and `older`. A damaged one is an error.
-    """
-    found, base, groups = [], args.work_dir / args.dataset, ("full", f"ipc{args.ipc or '*'}")
-    paths = [p for group in groups for p in (base / "05_results").glob(f"{group}/*/*/result.json")]
-    for path in sorted(path for path in paths if ".old-" not in path.parent.name):
-        group = path.parts[-4]
-        ipc = int(group[3:]) if group != "full" else None
-        here = argparse.Namespace(**vars(args) | {"ipc": ipc})
-        fix = contract.command(here, "05_train_eval.py", "--train-on", path.parent.parent.name)
-        try:
-            source = contract.Input(args, path.parent.relative_to(base), fix)
-        except contract.Missing as error:
-            contract.say(f"left out, not finished: {str(error).splitlines()[0]}")
-            continue
-        source.check(source.outputs)
-        result = contract.read(path) | {"ipc": ipc}
-        result["older"] = is_older(args, result, source.record)
-        found += [(result, path)] * (sorted(result["per_class"]) == args.classes)
-    return found
 
 
 def own_unet(args):
@@ -188,14 +158,12 @@ def own_unet(args):
     if args.dataset == "demo":
         folder = Path(args.model or common.DEMO_MODEL) / "unet"
         return common.folder_hash(folder) if folder.is_dir() else None
-    record = contract.read(args.work_dir / args.dataset / "03_unet/default/manifest.json") or {"outputs": {}}
-    files = {
-        name: record["outputs"].get(name) for name in ("config.json", "diffusion_pytorch_model.safetensors")
-    }
-    return contract.digest({n: file["sha256"] for n, file in files.items()}) if all(files.values()) else None
+    files = hashes(args.work_dir / args.dataset / "03_unet/default")
+    names = {"config.json", "diffusion_pytorch_model.safetensors"}
+    return contract.digest({n: files[n] for n in names}) if names <= {*files} else None
 
 
-def mp4_bytes(args, result, path):
+def mp4_bytes(args, result):
     """Bytes of a set as .mp4 at network size, for each kind of set alike; None where they are not measured.
 
     Of real clips: of those that each repeat took, their mean.
@@ -206,16 +174,76 @@ def mp4_bytes(args, result, path):
     real = measured["real"]
     if result["ipc"] is None:
         return sum(size for of_class in real.values() for size in of_class.values())
-    clips = [contract.read(file)["clips"] for file in sorted(path.parent.glob("repeat_*.json"))]
+    clips = [contract.read(file)["clips"] for file in sorted(result["path"].parent.glob("repeat_*.json"))]
     return sum(real[c][name] for chosen in clips for c in chosen for name in chosen[c]) / len(clips)
 
 
-def collect(args, found):
+# --- rows -------------------------------------------------------------------------------------------------
+
+
+def row_name(result):
+    return result["set"] + ", soft labels" * (result["labels"] == "soft")
+
+
+def file_name(result):
+    net = "" if result["net"] == "minic3d" else f"_{result['net']}"
+    return result["set"] + "_soft" * (result["labels"] == "soft") + net
+
+
+def row_of(result):
+    """{column of CSV: value}, and the top-1 of each network as `values`."""
+    row = {name: result[name] for name in ("set", "labels", "net", "videos", "bytes")} | result["top1"]
+    row |= {"top1": row["mean"], "top5": result["top5"]["mean"]}
+    return row | {"protocol": result["protocol"]["name"], "note": note(result)}
+
+
+def rows_of(results, paper):
+    """The rows in the order of Table 1; those of Table 1 that are not run included. paper: {row: top-1}."""
+    there = {(r["set"], r["labels"]) for r in results if r["net"] == "minic3d"}
+    rows = [dict(zip(CSV, (*key, "minic3d"), strict=False)) for key in TABLE1 if key not in there]
+    rows = [row | {"note": "not run"} for row in rows] + [row_of(result) for result in results]
+    for row in rows:
+        row["paper"] = paper.get(row_name(row)) if row["net"] == "minic3d" else None
+    return sorted(rows, key=lambda r: (PLACE.get(r["set"], 3), r["set"], r["net"], r["labels"]))
+
+
+def paper_figures(dataset, ipc):
+    """{row of Table 1: its top-1 % in the paper}; of all real clips at any IPC."""
+    columns = (dataset, f"{dataset} ipc{ipc}")
+    return {row: cell["paper"] for (t, row, c), cell in paper_cells().items() if t == "1" and c in columns}
+
+
+def accuracy(mean, std, n):
+    """Mean ± sample standard deviation (number of networks), in percent."""
+    return f"{mean:.1f}{'' if std is None else f' ± {std:.1f}'} ({n})"
+
+
+def markdown(dataset, ipc, results):
+    """Table 1's column."""
+    paper, lines, each = paper_figures(dataset, ipc), [], []
+    for row in rows_of(results, paper):
+        cells = [row_name(row), row["net"], "not run", "-", "-", "-"]
+        if "top1" in row:
+            marked = f" **{row['note']}**" if row["note"] else ""
+            top1 = accuracy(row["top1"], row["std"], row["n"])
+            cells[1:] = f"{row['net']}, {row['protocol']}{marked}", top1, f"{row['top5']:.1f}"
+            cells += [f"{row['videos']:,}", f"{row['bytes']:,}"]
+            each.append(f"{row_name(row)}: " + ", ".join(f"{value:.2f}" for value in row["values"]))
+        lines.append([*cells, *[row["paper"] or "-"] * bool(paper)])
+    text = table([f"{dataset}, IPC {ipc}", *TITLES, *["paper"] * bool(paper)], lines)
+    text += NOTE + "; ".join(each) + "\n" + OF_PAPER * bool(paper)
+    return text + (f"The best method before it: {paper['best prior']}.\n" if "best prior" in paper else "")
+
+
+# --- files ------------------------------------------------------------------------------------------------
+
+
+def collect(args, ipc, results):
     """Copies complete results of the data set's own protocol, and writes the table of all that are there."""
-    folder = args.results / f"{args.dataset}_ipc{args.ipc}"
+    folder = args.results / f"{args.dataset}_ipc{ipc}"
     own = "demo" if args.dataset == "demo" else "gvd"
-    for result, path in found:
-        name = result["protocol"]["name"]
+    for result in results:
+        path, name = result["path"], result["protocol"]["name"]
         if not result["complete"] or result["older"] or name != own:
             contract.say(f"left out {path.parent}: {note(result) or f'protocol {name}'}")
         else:
@@ -223,8 +251,8 @@ def collect(args, found):
             contract.say(folder / f"{file_name(result)}.json")
     kept = [result for path in folder.glob("*.json") if "top1" in (result := contract.read(path))]
     if kept:
-        contract.save(folder / "table.md", markdown(args.dataset, args.ipc, kept).encode())
-    copies = {f"{args.dataset}/metrics_ipc{args.ipc}.json": f"metrics_{args.dataset}_ipc{args.ipc}.json"}
+        contract.save(folder / "table.md", markdown(args.dataset, ipc, kept).encode())
+    copies = {f"{args.dataset}/metrics_ipc{ipc}.json": f"metrics_{args.dataset}_ipc{ipc}.json"}
     if args.dataset == "demo":
         copies |= {f"demo/{name}": f"demo_models/{name}" for name in MEASURED}
         copies["validation/demo/settings.csv"] = "demo_models/settings.csv"
@@ -237,40 +265,32 @@ def estimate(args):
     return {"tables": ("tables", 1, 1, 1e4, "one CPU core")}
 
 
-def list_results(args, folder, found):
-    """Writes results.csv; with --results copies the results of every IPC and the folder of tables."""
-    unet, lines = own_unet(args), []
-    for result, path in found:
-        (row,) = (row for row in rows_of([result], {}) if "top1" in row)
-        row |= {"ipc": result["ipc"], "mp4_bytes": mp4_bytes(args, result, path)}
-        row["making"] = "; ".join(making(result, args.dataset, unet))
-        lines.append([row.get(name) for name in LIST])
-    contract.save(folder / "results.csv", [LIST, *lines])
-    contract.say(f"{folder / 'results.csv'}: {len(lines)} results")
-    for ipc in sorted({result["ipc"] for result, _ in found} - {None}) if args.results else ():
-        here = argparse.Namespace(**vars(args) | {"ipc": ipc})
-        collect(here, [pair for pair in found if pair[0]["ipc"] in (ipc, None)])
-    for path in sorted(folder.glob("*.*")) if args.results else ():
-        contract.save(args.results / f"{args.dataset}_tables" / path.name, path.read_bytes())
-
-
 def main(args):
     if args.dry_run:
         return contract.say(f"tables {contract.plan(args.estimate['tables'])}")
-    folder, found = args.work_dir / args.dataset / "tables", read_results(args)
-    if not found:
+    folder, results = args.work_dir / args.dataset / "tables", read_results(args)
+    if not results:
         what = f"{folder.with_name('05_results')}: no result" + f" at IPC {args.ipc}" * bool(args.ipc)
         raise contract.ContractError(what, fix=f"bash run_all.sh {args.dataset} {args.ipc or 'all'}")
-    if args.ipc is None:
-        return list_results(args, folder, found)
-    results = [result for result, _ in found]
-    text = markdown(args.dataset, args.ipc, results)
-    rows = rows_of(results, paper_figures(args.dataset, args.ipc))
-    contract.save(folder / f"ipc{args.ipc}.md", text.encode())
-    contract.save(folder / f"ipc{args.ipc}.csv", [CSV, *([row.get(name) for name in CSV] for row in rows)])
-    contract.say(text.rstrip())
+    if args.ipc:
+        text = markdown(args.dataset, args.ipc, results)
+        rows = rows_of(results, paper_figures(args.dataset, args.ipc))
+        contract.save(folder / f"ipc{args.ipc}.md", text.encode())
+        contract.save(folder / f"ipc{args.ipc}.csv", [CSV, *([row.get(n) for n in CSV] for row in rows)])
+        contract.say(text.rstrip())
+    else:
+        unet, rows = own_unet(args), []
+        for result in results:
+            row = row_of(result) | {"ipc": result["ipc"], "mp4_bytes": mp4_bytes(args, result)}
+            row["making"] = "; ".join(making(result, args.dataset, unet))
+            rows.append([row[name] for name in LIST])
+        contract.save(folder / "results.csv", [LIST, *rows])
+        contract.say(f"{folder / 'results.csv'}: {len(rows)} results")
     if args.results:
-        collect(args, found)
+        for ipc in [args.ipc] if args.ipc else sorted({r["ipc"] for r in results} - {None}):
+            collect(args, ipc, [r for r in results if r["ipc"] in (ipc, None)])
+        for path in sorted(folder.glob("*.*")) if not args.ipc else ():
+            contract.save(args.results / f"{args.dataset}_tables" / path.name, path.read_bytes())
 
 
 if __name__ == "__main__":
