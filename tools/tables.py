@@ -37,7 +37,7 @@ NOTE = """
 Last epoch; mean ± sample standard deviation over n networks. Stored bytes: the .mp4 files of a generated set,
 the uint8 clips at network size of a real one. Top-1 of each network: """
 OF_PAPER = "Paper: as far as its text lets it be computed, the better one of its two GVD rows.\n"
-MEASURED = ("measured.json", "samplers.csv", "finetune.json")  # by demo/experiments.py
+MEASURED = ("measured.json", "sets_ipc*.csv", "finetune.json")  # by demo/experiments.py
 DEFAULTS = {  # of each stage; what else a set was made with is listed
     "02_prototypes": {"cluster": "direct", "distance": "euclidean", "seed": 0},
     "03_samples": {
@@ -254,8 +254,9 @@ def collect(args, ipc, results):
         contract.save(folder / "table.md", markdown(args.dataset, ipc, kept).encode())
     copies = {f"{args.dataset}/metrics_ipc{ipc}.json": f"metrics_{args.dataset}_ipc{ipc}.json"}
     if args.dataset == "demo":
-        copies |= {f"demo/{name}": f"demo_models/{name}" for name in MEASURED}
-        copies["validation/demo/settings.csv"] = "demo_models/settings.csv"
+        found = [path for name in MEASURED for path in (args.work_dir / "demo").glob(name)]
+        found += (args.work_dir / "validation/demo").glob("*.csv")
+        copies |= {path.relative_to(args.work_dir): f"demo_models/{path.name}" for path in found}
     for source, copy in copies.items():
         if (args.work_dir / source).exists():
             contract.save(args.results / copy, (args.work_dir / source).read_bytes())
