@@ -254,6 +254,7 @@ def test_benchmark_and_the_hours_of_a_dry_run(place, tmp_path, monkeypatch):
     for module, name, value in (
         (bench, "seconds", seconds), (bench, "load", short), (bench, "IPC", 2), (bench, "VIDEOS", 12),
         (common, "BENCH", tmp_path), (common, "DEMO_MODEL", place.model), (sys, "argv", []),
+        (common, "device_name", lambda device: "a CPU"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
     bench.main(bench_args(minutes=5))
@@ -267,7 +268,7 @@ def test_benchmark_and_the_hours_of_a_dry_run(place, tmp_path, monkeypatch):
     ratio = figures["03"][f"{who}, stock / ours"]
     assert ours == figures["03"]["seconds"] and ratio == pytest.approx(stock / ours, rel=1e-3)
     for number, figure, words, hours in (
-        ("01", "seconds", ("--redo",), 1200 * 9000 / 3600),
+        ("01", "seconds", ("--redo",), 300 * 9000 / 3600),
         ("03", "seconds", ("--draws", 5, "--classes", "Walk"), 2 * 9000 * (2 / 25) / 3600),
         ("05", "seconds, minic3d", ("--repeats", 4, "--set", "lr=1"), 4 * 2 * 4 * 9000 / 3600),
         ("finetune_unet", "seconds, adapters", ("--lora", 4, "--batch", 2, "--steps", 3), 6 * 9000 / 3600),
@@ -275,7 +276,7 @@ def test_benchmark_and_the_hours_of_a_dry_run(place, tmp_path, monkeypatch):
         figures[number][figure] = 9000.0
         contract.save(common.bench_file(CPU), results)
         text = place.run("tools/finetune_unet.py" if number[0] == "f" else number, *words, "--dry-run")[1]
-        assert f", {hours:.3f} h on {common.device_name(CPU)}, measured, " in text, text
+        assert f", {hours:.3f} h on a CPU, measured" in text, text
     assert "two CPU cores, estimate, " in place.run("03", "--redo", "--dtype", "float32", "--dry-run")[1]
 
 

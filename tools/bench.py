@@ -51,6 +51,10 @@ TOKENS = 77  # of a prompt
 FILM = {"hmdb51": (320, 240), "demo": (32, 32)}  # a video of the data set, 90 frames
 
 
+class Late(BaseException):
+    """The time of a part is over; no library takes it for an error of its own."""
+
+
 def parse_args():
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
@@ -58,16 +62,14 @@ def parse_args():
     add("what", nargs="?", choices=("real", "demo"), default="real", help="model and sizes (real)")
     add("--size", help="frame of the generated videos, WxH in pixels (448x256; demo 32x32)")
     add("--minutes", type=float, default=8, help="of all parts together (8)")
-    add("--device", choices=("cpu", "cuda"), help="(a GPU where there is one)")
     parser.set_defaults(dry_run=False)
     args = parser.parse_args()
     args.dataset = "demo" if args.what == "demo" else "hmdb51"
     args.size = args.size or "{}x{}".format(*media.DATASETS[args.dataset]["size"])
     if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", args.size) or any(int(x) % 8 for x in args.size.split("x")):
         parser.error("--size: must be WxH with sides that are multiples of 8, as 448x256")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise contract.ContractError("--device cuda: there is no such device here", fix="--device cpu")
-    args.device = torch.device(contract.automatic("device", args.device))
+    torch.set_num_threads(len(os.sched_getaffinity(0)))  # as every stage does; part of a CPU's name
+    args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = getattr(torch, contract.automatic("dtype", args.device.type))
     args.rehearsal = args.what == "real" and args.device.type == "cpu"  # with as few clips as it takes
     return args
@@ -78,7 +80,7 @@ def load(script, args, *words):
     spec = importlib.util.spec_from_file_location(Path(script).stem, contract.ROOT / script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    sys.argv = [script, args.dataset, *words, "--device", str(args.device)]
+    sys.argv = [script, args.dataset, *words]
     own = module.parse_args()
     own.spec = own.spec | {"size": tuple(map(int, args.size.split("x")))}
     pixels = 4 if args.what == "demo" else 8  # of a side, for one of the latent
@@ -87,7 +89,7 @@ def load(script, args, *words):
 
 
 def network(part, args, dtype):
-    """vae, text_encoder or unet: the demo's, or of the published configuration, as it is before training."""
+    """vae or unet: the demo's, or of the published configuration, as it is before training."""
     if args.what == "demo":
         return common.load_part(common.DEMO_MODEL / part, part, args.device, dtype)
     return published.make(part, args.device).to(args.device, dtype).eval().requires_grad_(False)
@@ -96,7 +98,7 @@ def network(part, args, dtype):
 def now(args):
     """Seconds, when the device has done what it was told."""
     if args.device.type == "cuda":
-        torch.cuda.synchronize(args.device)
+        torch.cuda.synchronize()
     return time.perf_counter()
 
 
@@ -119,10 +121,8 @@ def sampling(args, folder):
 
     logging.set_verbosity_error()  # the pipeline is deprecated
     stage, own = load("03_guided_sample.py", args, str(IPC))
-    n = 8192 if args.device.type == "cuda" else 1024
-    a, b = torch.randn(2, n, n, device=args.device).to(args.dtype)
-    peak = 2 * n**3 / seconds(args, lambda: a @ b)
-    yield f"TFLOP/s of {n} x {n} matrices, the peak", peak / 1e12
+    peak = matrix_flop(args)
+    yield "the peak, TFLOP/s", peak / 1e12
     steps, scheduler, times = own.steps, DDIMScheduler(**published.SCHEDULER), []
     step = scheduler.step
 
@@ -177,6 +177,13 @@ def sampling(args, folder):
         yield f"{name}, stock / ours", stock * videos / whole
         yield f"{name}, share of the peak", flop * videos / taken / peak
         yield "seconds", whole / videos
+
+
+def matrix_flop(args):
+    """Of a second, in a product of large matrices."""
+    n = 8192 if args.device.type == "cuda" else 1024
+    a, b = torch.randn(2, n, n, device=args.device).to(args.dtype)
+    return 2 * n**3 / seconds(args, lambda: a @ b)
 
 
 def count_flop(config, attention, shape):
@@ -325,27 +332,25 @@ def main(args):
     figures |= {"torch": torch.__version__, "dtype": str(args.dtype)[6:], "minutes": args.minutes}
 
     def stop(*_):
-        raise TimeoutError
+        raise Late
 
     signal.signal(signal.SIGALRM, stop)
     for part, (measure, share) in PARTS.items():
         limit, record = max(1.0, share * (end - time.monotonic())), {}
         figures[part], args.end, gpu = record, time.monotonic() + limit, args.device.type == "cuda"
-        signal.setitimer(signal.ITIMER_REAL, limit, 1)  # again each second, should a library catch it
+        signal.setitimer(signal.ITIMER_REAL, limit)
         try:
             with tempfile.TemporaryDirectory() as folder:
                 for name, value in measure(args, Path(folder)):
                     record[name] = value if isinstance(value, str) else float(f"{value:.4g}")
-                    text = f"{part:13}  {name:55}  {record[name]}"
+                    memory = ""
                     if gpu:
-                        memory = record[f"peak GB: {name}"] = (
-                            torch.cuda.max_memory_allocated(args.device) / 1e9
-                        )
-                        torch.cuda.reset_peak_memory_stats(args.device)
-                        text += f"  {memory:.1f} GB"
-                    contract.say(text)
+                        memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+                        record[f"{name}: peak memory"] = memory
+                        torch.cuda.reset_peak_memory_stats()
+                    contract.say(f"{part:13}  {name:55}  {record[name]}  {memory}")
                     contract.save(path, results)
-        except TimeoutError:
+        except Late:
             record["note"] = f"stopped after its {limit:.0f} s"
         except (ImportError, torch.OutOfMemoryError, contract.ContractError) as error:
             record["note"] = f"left out: {str(error).splitlines()[0]}"

@@ -1,8 +1,8 @@
 """Writes a text-to-video model with exactly the published configuration and random weights.
 
-The weights of ali-vilab/text-to-video-ms-1.7b are not at hand everywhere. On this folder every stage, the
-benchmark and the fine-tuning do at full size what they would do on those, in the same time and memory; the
-videos are noise.
+The weights of ali-vilab/text-to-video-ms-1.7b are not at hand everywhere. On this folder every stage and
+the fine-tuning do at full size what they would do on those, in the same time and memory; the videos are
+noise. tools/bench.py makes the same networks in memory.
 
 Writes:  FOLDER/{vae,text_encoder,tokenizer,unet,scheduler}, model_index.json: 3.7 GB
 Run:     python tools/make_random_t2v.py random_t2v
