@@ -127,6 +127,12 @@ class Place(NamedTuple):
             sys.argv = before
         return code, out.getvalue()
 
+    def must(self, script, *extra):
+        """What a script printed that has to succeed."""
+        code, text = self.run(script, *extra)
+        assert code == 0, text
+        return text
+
     def spawn(self, script, *extra, processes=0, **environment):
         """Starts a script as a process of its own, or with torchrun as several."""
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]

@@ -15,11 +15,10 @@ import urllib.parse
 from pathlib import Path
 
 import pytest
-from conftest import CLASSES
 
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next((path for path in map(shutil.which, NAMES) if path), None)
+COMPLAINTS = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
 STATE = """(() => { const v = [...document.querySelectorAll("video")]; return JSON.stringify({
   videos: v.length, loaded: v.filter(x => x.readyState >= 1).length, failed: v.filter(x => x.error).length,
   played: v.filter(x => x.played.length && x.played.end(0) > 0).length,
@@ -35,12 +34,12 @@ class Browser:
         # Chromium reads commands from descriptor 3 and answers on 4
         line = f'exec "$0" "$@" 3<&{self.commands} 4>&{self.answers}'
         words = (
-            f"--headless --no-sandbox --disable-gpu --remote-debugging-pipe --user-data-dir={folder}".split()
+            "--headless --no-sandbox --disable-gpu --remote-debugging-pipe --window-size=1200,1600".split()
         )
-        words += ["--window-size=1200,1600", "--autoplay-policy=no-user-gesture-required", "about:blank"]
-        quiet = {"stderr": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
-        options = {"pass_fds": (self.commands, self.answers), **quiet}
-        self.process = subprocess.Popen(["bash", "-c", line, CHROMIUM, *words], **options)
+        words += [f"--user-data-dir={folder}", "--autoplay-policy=no-user-gesture-required", "about:blank"]
+        options = {"pass_fds": (self.commands, self.answers), "stdout": subprocess.DEVNULL}
+        command = ["bash", "-c", line, CHROMIUM, *words]
+        self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL, **options)
         self.write, self.read, self.left, self.number, self.complaints = write, read, b"", 0, []
         target = self.do("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.do("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -61,11 +60,7 @@ class Browser:
                 self.left += os.read(self.read, 2**20)
             line, _, self.left = self.left.partition(b"\0")
             answer = json.loads(line)
-            if answer.get("method") in (
-                "Runtime.consoleAPICalled",
-                "Runtime.exceptionThrown",
-                "Log.entryAdded",
-            ):
+            if answer.get("method") in COMPLAINTS:
                 self.complaints.append(answer["params"])
             if answer.get("id") == self.number:
                 return answer["result"]
@@ -76,19 +71,18 @@ class Browser:
 
 @pytest.fixture
 def gallery(place):
-    assert place.run("tools/tables.py")[0] == 0
-    code, text = place.run("tools/gallery.py", 2)
-    assert code == 0, text
+    place.must("tools/tables.py")
+    place.must("tools/gallery.py", 2)
     return place.work / "demo/gallery.html"
 
 
 def test_page_names_every_video(gallery, place):
     text = gallery.read_text("utf-8")
     sources = [urllib.parse.unquote(source) for source in re.findall(r'<video src="([^"]+)"', text)]
-    assert all((gallery.parent / source).is_file() for source in sources) and len(set(sources)) == len(
-        sources
-    )
-    assert len(sources) == 2 * (2 + 2 + 8 + 2)  # per class: real, prototypes, generated, composed
+    assert all((gallery.parent / source).is_file() for source in sources)
+    assert (
+        len(sources) == len({*sources}) == 2 * (2 + 2 + 8 + 2)
+    )  # per class: real, prototypes, generated, composed
     rows = contract.read(place.work / "demo/04_distilled/ipc2/gvd/metadata.csv")
     stated = [json.loads(html.unescape(line)) for line in re.findall(r'data-sources="([^"]+)"', text)]
     assert len(stated) == len(rows) == 4 and all(len(of_video) == 16 for of_video in stated)
@@ -120,11 +114,7 @@ def test_videos_play_in_a_browser(gallery, tmp_path):
         assert re.fullmatch(r"[01]_\d, frame \d+", state["sources"][0])
         if target := os.environ.get("GALLERY_SCREENSHOT"):
             Path(target).write_bytes(base64.b64decode(browser.do("Page.captureScreenshot")["data"]))
-        for name, value, shown in (
-            ("class", CLASSES[0], 14),
-            ("method", "gvd, composed", 2),
-            ("class", "", 4),
-        ):
+        for name, value, shown in (("class", "Walk", 14), ("method", "gvd, composed", 2), ("class", "", 4)):
             element = f'document.getElementById("{name}")'
             script = f'{element}.value = "{value}"; {element}.dispatchEvent(new Event("change"))'
             browser.do("Runtime.evaluate", expression=script)

@@ -29,8 +29,7 @@ def write_list(folder, *results):
 
 def make(place, *scripts):
     for script in scripts or ("tools/tables.py", "tools/paper_tables.py"):
-        code, text = place.run(script)
-        assert code == 0, text
+        place.must(script)
     return place.work / place.dataset / "tables"
 
 
@@ -54,11 +53,11 @@ def test_tables_of_the_chain(place):
 
 def test_marks_of_how_a_set_was_made(place):
     """The row's own difference is none; another is marked, until what it says is true."""
-    assert place.run("03", "--guidance", 0.3)[0] == place.run("04")[0] == place.run("05")[0] == 0
-    assert place.run("04", "--pattern", "1x16")[0] == place.run("05", "--train-on", "gvd-1x16")[0] == 0
-    assert place.run("03", "--decay", "none", "--seed", 1, "--name", "gvd-no-decay")[0] == 0
-    assert place.run("04", "--samples", "gvd-no-decay")[0] == 0
-    assert place.run("05", "--train-on", "gvd-no-decay")[0] == 0
+    for words in ("03 --guidance 0.3", "04", "05", "04 --pattern 1x16", "05 --train-on gvd-1x16"):
+        place.must(*words.split())
+    name = "gvd-no-decay"
+    for words in (f"03 --decay none --seed 1 --name {name}", f"04 --samples {name}", f"05 --train-on {name}"):
+        place.must(*words.split())
     folder = make(place)
     found = {row["set"]: row["making"] for row in contract.read(folder / "results.csv")}
     other = "steps 2; guidance 0.3; another U-Net".split("; ")
@@ -71,8 +70,8 @@ def test_marks_of_how_a_set_was_made(place):
 
 
 def test_older_sets_are_marked(place):
-    assert place.run("05", "--train-on", "full", "--save", "--repeats", 1)[0] == 0
-    assert place.run("tools/metrics.py", 2, "--score")[0] == 0
+    place.must("05", "--train-on", "full", "--save", "--repeats", 1)
+    place.must("tools/metrics.py", 2, "--score")
     make(place, "tools/tables.py")
     args = argparse.Namespace(work_dir=place.work, dataset="demo", classes=place.classes.split(","))
     at = paper_tables.read_results(args, "demo")[2]
@@ -80,7 +79,7 @@ def test_older_sets_are_marked(place):
     assert all(text.startswith("network short of its protocol: epochs 2, not 60; ") for text in notes)
     found = at.score("gvd-samples", {"guidance": 0.3, "stop": 0.5})
     assert found["note"].endswith("guidance 0.1") and found["n"] == 4
-    assert place.run("04", "--grouping", "in-order", "--name", "gvd")[0] == 0  # made anew
+    place.must("04", "--grouping", "in-order", "--name", "gvd")  # made anew
     assert at.score("gvd")["note"].endswith("; of an older set")
     folder = make(place)
     assert "of an older set" in cells(folder, "table1")["gvd", "demo IPC 2"]["note"]
@@ -93,11 +92,11 @@ def test_dancing_is_taken_from_its_metrics_and_score(tmp_path, empty):
     outputs = {name: {"sha256": name} for name in ("set.json", "Walk.npy", "Wave.npy")}
     contract.save(base / "04_distilled/ipc5/mtt+d/manifest.json", {"outputs": outputs})
     made_of = contract.digest({name: name for name in outputs})  # as tools/metrics.py has it of media.py
-    row = {"set": "mtt+d", "std": {}, "values": dict.fromkeys(paper_tables.METRICS, [0.25])}
-    sets = [row | {"mean": dict.fromkeys(paper_tables.METRICS, 0.25)}]
-    frames = dict.fromkeys(("frames of all training clips", "frames per distilled video"), 16)
-    frames["frames per clip, training and test"] = 16
-    metrics = {"sets": sets, "inputs": {"distilled mtt+d": made_of}, "frames": frames}
+    row = {"set": "mtt+d", "mean": dict.fromkeys(paper_tables.METRICS, 0.25), "std": {}}
+    row["values"] = dict.fromkeys(paper_tables.METRICS, [0.25])
+    counted = ("of all training clips", "per distilled video", "per clip, training and test")
+    frames = {f"frames {name}": 16 for name in counted}
+    metrics = {"sets": [row], "inputs": {"distilled mtt+d": made_of}, "frames": frames}
     contract.save(base / "metrics_ipc5.json", metrics)
     score = {"short": [], "videos made of": made_of, "top1": 80.0, "videos": 100}
     contract.save(base / "05_results/ipc5/mtt+d/score.json", score)
@@ -115,15 +114,12 @@ def test_dancing_is_taken_from_its_metrics_and_score(tmp_path, empty):
 
 def test_both_real_data_sets_and_the_paper(tmp_path, empty):
     """Invented results, joined, beside the paper's; another protocol only where the own is missing."""
-    place = empty._replace(
-        work=tmp_path, dataset="hmdb51", classes=",".join(media.DATASETS["hmdb51"]["classes"])
-    )
-    gvd = {"ipc": 20, "set": "gvd", "top1": 20.0}
+    classes = ",".join(media.DATASETS["hmdb51"]["classes"])
+    place, gvd = empty._replace(work=tmp_path, dataset="hmdb51", classes=classes), {"ipc": 20, "set": "gvd"}
+    gvd["top1"] = 20.0
     rows = [gvd, gvd | {"protocol": "dancing", "top1": 50.0}, gvd | {"set": "random", "top1": 15.0}]
-    rows += [
-        gvd | {"set": "herding", "protocol": "dancing", "top1": 9.0},
-        gvd | {"set": "full", "ipc": "", "top1": 40},
-    ]
+    rows += [gvd | {"set": "herding", "protocol": "dancing", "top1": 9.0}]
+    rows += [gvd | {"set": "full", "ipc": "", "top1": 40}]
     write_list(tmp_path / "hmdb51", *rows, gvd | {"labels": "soft", "top1": 22.0, "note": "short of it"})
     write_list(tmp_path / "miniucf", gvd | {"ipc": 5, "top1": 30.0})
     folder = make(place, "tools/paper_tables.py")
@@ -171,9 +167,8 @@ def test_figures_of_the_paper_belong_to_a_cell():
     """Every line of the list names a row of a table, a claim, or a figure whose setting is lost."""
     lines = contract.read(REPO / "tools/paper_results.csv")
     assert len({(line["table"], line["row"], line["column"]) for line in lines}) == len(lines)
-    text = "".join(
-        (REPO / f"tools/{name}.py").read_text("utf-8") for name in ("paper_tables", "claims", "tables")
-    )
+    paths = [REPO / f"tools/{name}.py" for name in ("paper_tables", "claims", "tables")]
+    text = "".join(path.read_text("utf-8") for path in paths)
     for line in lines:
         assert float(line["value"]) > 0 and line["mark"] and line["section"]
         name = line["row"] if line["row"] not in ("dm", "dm+d", "lambda 0.01") else "gvd"

@@ -89,43 +89,36 @@ def test_share_of_frames():
 
 
 def test_metrics_of_the_chain(place, videomae):
-    code, text = place.run("tools/metrics.py", 2, "--teacher", videomae)
-    assert code == 0, text
-    path = place.work / "demo/metrics_ipc2.json"
+    text = place.must("tools/metrics.py", 2, "--teacher", videomae)
+    path, folder = place.work / "demo/metrics_ipc2.json", place.work / "demo/04_distilled/ipc2/gvd"
     first, result = path.read_bytes(), contract.read(path)
     rows = {row["set"]: row for row in result["sets"]}
     everything = rows.pop("all real clips")
     assert everything["mean"]["coverage_all"] == 1 and everything["videos"] == 10
     assert list(rows) == ["gvd, before composition", "gvd", "random real clips"]
     features = {path.stem: np.load(path) for path in place.work.glob("demo/features/ipc2/*.npy")}
-    assert {name: len(points) for name, points in features.items()} == {
-        "real": 10,
-        "gvd": 4,
-        "gvd-samples": 4,
-    }
+    assert {name: len(p) for name, p in features.items()} == {"real": 10, "gvd": 4, "gvd-samples": 4}
     assert np.allclose(np.linalg.norm(features["gvd"], axis=1), 1, atol=1e-6)
     assert all(row["videos"] == 4 and f"| {row['bytes']:,} |" in text for row in rows.values())
-    folder = place.work / "demo/04_distilled/ipc2/gvd"
     assert rows["gvd"]["bytes"] == sum(file.stat().st_size for file in folder.glob("*/*.mp4"))
     assert rows["random real clips"]["bytes"] == 4 * 16 * 48 * 48 * 3
-    assert place.run("05", "--train-on", "random")[0] == 0
+    place.must("05", "--train-on", "random")
     repeats = [contract.read(p) for p in sorted(place.work.glob("demo/05_results/ipc2/random/*/repeat_*"))]
     assert [repeat["clips"] for repeat in repeats] == result["random"][:2]
 
     # The row of gvd once more, from the files.
     network, scale = vm.load(videomae, torch.device("cpu"))
-    spec, real, found = media.DATASETS["demo"], {}, {}
+    real, found = {}, {}
     for label in CLASSES:
         clips = np.load(place.work / f"demo/01_clips/train/{label}.npy")[:, 0]
         real[label] = metrics.unit_length(vm.run(network, scale, clips)[0])
-        videos = [media.read_video(folder / label / f"{i}.mp4") for i in range(2)]
-        clips = np.stack([media.network_clip(video, spec) for video in videos])
-        found[label] = vm.run(network, scale, clips)
+        found[label] = vm.run(network, scale, seen(folder / label))
     limits = {label: metrics.percentile(metrics.nearest(points)) for label, points in real.items()}
     limits[""] = metrics.percentile(metrics.nearest(torch.cat([*real.values()])))
     assert metrics.measure(real, limits, found, [2, 0]) == pytest.approx(rows["gvd"]["mean"], abs=2e-6)
 
-    assert place.run("tools/metrics.py", 2, "--teacher", videomae)[0] == 0 and path.read_bytes() == first
+    place.must("tools/metrics.py", 2, "--teacher", videomae)
+    assert path.read_bytes() == first
     code, text = place.run("tools/metrics.py", 2, "--teacher", videomae, "--sets", "other")
     assert code == 3 and "no set other" in text and "04_mvic_compose.py demo 2" in text
     video = folder / "Walk/0.mp4"
@@ -134,25 +127,29 @@ def test_metrics_of_the_chain(place, videomae):
     assert code == 3 and "Walk/0.mp4 is damaged" in text and path.read_bytes() == first
 
 
+def seen(folder):
+    """The videos of a folder as the networks see them."""
+    videos = [media.read_video(path) for path in sorted(folder.glob("*.mp4"))]
+    return np.stack([media.network_clip(video, media.DATASETS["demo"]) for video in videos])
+
+
 def test_score_is_that_of_the_network(place):
     code, text = place.run("tools/metrics.py", 2, "--score")
     assert code == 3 and "05_train_eval.py demo 2" in text and "--train-on full --save" in text
-    assert place.run("05", "--train-on", "full", "--save", "--repeats", 1)[0] == 0
-    assert place.run("tools/metrics.py", 2, "--score")[0] == 0
+    place.must("05", "--train-on", "full", "--save", "--repeats", 1)
+    place.must("tools/metrics.py", 2, "--score")
     network = common.MiniC3D(2).eval()
     network.load_state_dict(load_file(place.work / "demo/05_networks/minic3d__demo/network.safetensors"))
     for folder, name, count in (("03_samples", "gvd-samples", 8), ("04_distilled", "gvd", 2)):
         right = {}
         for index, label in enumerate(CLASSES):
-            files = sorted((place.work / "demo" / folder / "ipc2/gvd" / label).glob("*.mp4"))
-            assert len(files) == count
-            clips = [media.network_clip(media.read_video(file), media.DATASETS["demo"]) for file in files]
-            x = (np.stack(clips) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+            clips = seen(place.work / f"demo/{folder}/ipc2/gvd/{label}")
+            x = (clips / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
             with torch.inference_mode():
                 logits = network(torch.from_numpy(x).float().permute(0, 4, 1, 2, 3))
             right[label] = (logits.argmax(1) == index).double()
         result = contract.read(place.work / f"demo/05_results/ipc2/{name}/score.json")
-        assert result["videos"] == 2 * count
+        assert result["videos"] == 2 * count == len(torch.cat([*right.values()]))
         assert result["per_class"] == {c: 100 * rates.mean().item() for c, rates in right.items()}
         assert result["top1"] == 100 * torch.cat([*right.values()]).mean().item()
         if name == "gvd-samples":  # of the first draw alone, Fig. 10
@@ -174,15 +171,12 @@ def test_table_of_the_committed_results(ipc):
 
 def test_rows_that_are_not_run_and_the_paper():
     lines = tables.markdown("hmdb51", 20, []).splitlines()
+    rows = [line.split(" | ") for line in lines[2:9]]
     names = ["random", "random, soft labels", "herding", "kcenter", "gvd", "gvd, soft labels", "full"]
-    assert [line.split(" | ")[0][2:] for line in lines[2:9]] == names
-    assert all(line.split(" | ")[2] == "not run" for line in lines[2:9])
-    assert [line.split(" | ")[-1] for line in lines[2:9]] == ["- |"] * 5 + ["21.1 |", "28.58 |"]
+    assert [row[0][2:] for row in rows] == names and {row[2] for row in rows} == {"not run"}
+    assert [row[-1] for row in rows] == ["- |"] * 5 + ["21.1 |", "28.58 |"]
     assert "The best method before it: 13.2." in lines
-    assert (
-        tables.paper_figures("miniucf", 10) == {"full": "57.22", "prism": "31.0"}
-        and tables.paper_figures("demo", 5) == {}
-    )
+    assert tables.paper_figures("miniucf", 10) == {"full": "57.22", "prism": "31.0"}
     assert "paper" not in tables.markdown("demo", 5, [])
 
 
@@ -197,9 +191,9 @@ def seal(folder, **changes):
 def test_table_and_collected_results(place, tmp_path):
     target, folder = tmp_path / "results", place.work / "demo/05_results/ipc2/gvd/minic3d__hard__demo"
     words = ("tools/tables.py", 2, "--results", target)
-    assert place.run("05", "--train-on", "random")[0] == 0
-    code, text = place.run(*words)
-    assert code == 0 and f"left out {folder}: short of its protocol: epochs 2" in text and not target.exists()
+    place.must("05", "--train-on", "random")
+    text = place.must(*words)
+    assert f"left out {folder}: short of its protocol: epochs 2" in text and not target.exists()
     (line,) = [line for line in text.splitlines() if line.startswith("| gvd |")]
     result = contract.read(folder / "result.json")
     assert f"{result['top1']['mean']:.1f} ± {result['top1']['std']:.1f} (2)" in line and "**short" in line
@@ -209,21 +203,21 @@ def test_table_and_collected_results(place, tmp_path):
     assert rows["herding", "hard"]["note"] == rows["gvd", "soft"]["note"] == "not run" and len(rows) == 7
 
     seal(folder, complete=True, deviations=[])
-    assert place.run(*words)[0] == 0
+    place.must(*words)
     copy = target / "demo_ipc2/gvd.json"
     assert [path.name for path in sorted(copy.parent.iterdir())] == ["gvd.json", "table.md"]
     assert copy.read_bytes() == (folder / "result.json").read_bytes()
     assert (copy.parent / "table.md").read_text() == tables.markdown("demo", 2, [contract.read(copy)])
 
     copy.unlink()
-    assert place.run("04", "--seed", 1)[0] == 0  # the set is made anew
-    code, text = place.run(*words)
-    assert code == 0 and "| gvd | minic3d, demo **of an older set** |" in text and not copy.exists()
+    place.must("04", "--seed", 1)  # the set is made anew
+    text = place.must(*words)
+    assert "| gvd | minic3d, demo **of an older set** |" in text and not copy.exists()
     assert "of an older set" not in next(line for line in text.splitlines() if line.startswith("| random |"))
     record = contract.read(folder / "manifest.json")
     contract.save(folder / "manifest.json", record | {"complete": False})
-    code, text = place.run(*words)
-    assert code == 0 and f"not finished: {folder}" in text and "| gvd | minic3d | not run" in text
+    text = place.must(*words)
+    assert f"not finished: {folder}" in text and "| gvd | minic3d | not run" in text
     contract.save(folder / "manifest.json", record)
     contract.save(folder / "result.json", result)
     code, text = place.run(*words)
@@ -310,8 +304,8 @@ def test_benchmark_bounds_its_parts(tmp_path, monkeypatch, capsys):
 
 def test_bytes_by_one_measure(place, tmp_path):
     """Of the set, of all clips and, for random, of the clips that each repeat took; then as results.csv."""
-    for words in (("--train-on", "random"), ("--train-on", "full", "--repeats", 1)):
-        assert place.run("05", *words)[0] == 0
+    place.must("05", "--train-on", "random")
+    place.must("05", "--train-on", "full", "--repeats", 1)
     arrays = place.work / "demo/04_distilled/ipc2/dm"  # a baseline's set: one real clip, twice
     clip = np.load(place.work / "demo/01_clips/train/Walk.npy")[3, 0]
     for label in CLASSES:
@@ -320,7 +314,8 @@ def test_bytes_by_one_measure(place, tmp_path):
     outputs = {p.name: {"bytes": 1, "sha256": contract.sha256(p)} for p in arrays.iterdir()}
     record = contract.read(place.work / "demo/04_distilled/ipc2/gvd/manifest.json")
     contract.save(arrays / "manifest.json", record | {"outputs": outputs})
-    assert place.run("tools/mp4_bytes.py")[0] == place.run("tools/tables.py")[0] == 0
+    place.must("tools/mp4_bytes.py")
+    place.must("tools/tables.py")
     sizes, spec = contract.read(place.work / "demo/mp4_bytes.json"), media.DATASETS["demo"]
     media.write_mp4(tmp_path / "a.mp4", clip)
     name = contract.read(place.work / "demo/01_clips/train/Walk.csv")[3]["name"]
