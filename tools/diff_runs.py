@@ -147,9 +147,9 @@ def compare_folder(roots, names):
     if hashes[0] == hashes[1] and not found["why"] + found["damaged"]:
         return {}
     found["files"] = compare_files(roots, hashes)
-    results = [root / "result.json" for root in roots if "result.json" in names[0]]
-    if results and hashes[0]["result.json"] != hashes[1].get("result.json"):
-        found["accuracy"] = accuracy(*map(contract.read, results))
+    a, b = (files.get("result.json") for files in hashes)
+    if a and b and a != b:
+        found["accuracy"] = accuracy(*(contract.read(root / "result.json") for root in roots))
     return found
 
 

@@ -200,8 +200,9 @@ def row_of(result):
 def rows_of(results, paper):
     """The rows in the order of Table 1; those of Table 1 that are not run included. paper: {row: top-1}."""
     there = {(r["set"], r["labels"]) for r in results if r["net"] == "minic3d"}
-    rows = [dict(zip(CSV, (*key, "minic3d"), strict=False)) for key in TABLE1 if key not in there]
-    rows = [row | {"note": "not run"} for row in rows] + [row_of(result) for result in results]
+    missing = [key for key in TABLE1 if key not in there]
+    rows = [{"set": s, "labels": labels, "net": "minic3d", "note": "not run"} for s, labels in missing]
+    rows += [row_of(result) for result in results]
     for row in rows:
         row["paper"] = paper.get(row_name(row)) if row["net"] == "minic3d" else None
     return sorted(rows, key=lambda r: (PLACE.get(r["set"], 3), r["set"], r["net"], r["labels"]))
