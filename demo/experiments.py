@@ -2,7 +2,8 @@
 
   measure       is the world hard enough, is the model good enough, does it copy? Accuracy of a network of all
                 real clips, and on the order pair with frames in order, shuffled, or one frame 16 times; PSNR
-                of the VAE; generated videos that the network recognises; distances to the training clips
+                of the VAE; generated videos that the network recognises; errors of the U-Net by timestep and
+                caption; distances to the training clips
   sets          accuracy by sampler over sets: noise, composition and network each of a seed of its own, as
                 every network on random real clips has clips of its own
   settings      accuracy by settings of 03 and 04 (SETTINGS) on a validation split of the training groups; the
@@ -55,6 +56,7 @@ SETTINGS = {"random": ("", ""), "cfg2": ("--cfg 2", ""), "cfg4": ("--cfg 4", "")
 SOURCES, FPS = 4, 8  # compose-real: clips in a composed video (04 --pattern 4x4), frame rate (03)
 CFG, STEPS = 2.0, 25  # take-over: as 03 for the demo
 TAKE_OVER = (0, 600, 800, 1000)  # timesteps
+NOISY = (500, 700, 800, 900, 960, 999)  # measure: timesteps
 CORPUS_SEED = 1  # of the drawn clips; the training's corpus has 0
 CAPTIONS = ROOT / "demo" / "captions.json"  # finetune: {class: a sentence that is not the class's prompt}
 OPTIONS = ("work_dir", "data_root", "model", "seed", "limit", "device", "threads", "redo", "keep", "dry_run")
@@ -229,6 +231,35 @@ def distances(args, sets):
     return values
 
 
+@torch.inference_mode()
+def prediction_errors(args):
+    """{timestep: {caption: squared error of the U-Net's predicted clips, as a share of their variance}}.
+
+    1 is what the mean clip has. On drawn clips that the training has not seen, in the dtype of stage 03.
+    """
+    model, (clips, _), cpu = common.model_folder(args), draw_corpus(64, CORPUS_SEED), torch.device("cpu")
+    vae = common.load_part(model / "vae", "vae", cpu, torch.float32)
+    unet = common.load_part(model / "unet", "unet", cpu, getattr(torch, contract.automatic("dtype", "cpu")))
+    prompts, found = contract.read(ROOT / "prompts/demo.json"), {}
+    embeddings = common.embed(model, prompts, cpu)
+    right = torch.cat([embeddings[prompts[label]] for label in CLASSES]).repeat(8, 1, 1)  # as they are drawn
+    captions = {"right": right, "none": embeddings[""].expand_as(right), "wrong": right.roll(1, 0)}
+    x = torch.from_numpy(clips).movedim(-1, 2).float() / 127.5 - 1  # [64, 16, 3, H, W]
+    z = vae.encode(x.flatten(0, 1)).latent_dist.mean.unflatten(0, x.shape[:2]).movedim(1, 2)
+    z = z * vae.config.scaling_factor  # [64, 4, 16, h, w]
+    scheduler, variance = DDIMScheduler.from_pretrained(model / "scheduler"), (z - z.mean(0)).square().mean()
+    for t in NOISY:
+        noise = torch.randn(z.shape, generator=contract.generator(CORPUS_SEED, "errors", t))
+        alpha = scheduler.alphas_cumprod[t]
+        noised = alpha.sqrt() * z + (1 - alpha).sqrt() * noise
+        for name, states in captions.items():
+            batches = zip(noised.split(16), states.to(unet.dtype).split(16), strict=True)
+            predicted = torch.cat([unet(one.to(unet.dtype), t, text).sample.float() for one, text in batches])
+            error = (predicted - noise).square().mean() * (1 - alpha) / alpha / variance
+            found.setdefault(str(t), {})[name] = round(error.item(), 3)
+    return found
+
+
 def measure(args):
     train_full(args)
     run(args, "02_kmeans_prototypes.py", args.ipc)
@@ -245,6 +276,7 @@ def measure(args):
         "order pair, top-1 % by the frames seen": pair,
         "autoencoder on test clips, dB": autoencoder_psnr(args),
         "samples recognised, %": rates,
+        "error of predicted clips, of their variance, by timestep and caption": prediction_errors(args),
         "distance to the nearest training clip, grey levels": distances(args, rates),
     }
     report(args, "measured.json", measured)

@@ -230,6 +230,7 @@ def test_commands_and_report_of_an_experiment(latents, tmp_path, monkeypatch, na
     place, parsed = latents.copy(tmp_path / "work"), {}
     module, args = experiment(place, monkeypatch, name)
     monkeypatch.setattr(module, "distances", lambda args, sets: {})
+    monkeypatch.setattr(module, "prediction_errors", lambda args: {})
     monkeypatch.setattr(module, "write_take_over", lambda args, first: None)
 
     def run(line, **_):
