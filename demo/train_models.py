@@ -18,7 +18,7 @@ Writes:  demo/models/t2v/{vae,text_encoder,unet,scheduler,tokenizer}
          work/demo_training/curve.csv   the loss, and the seconds since the start, every CURVE_EVERY steps
 Run:     python demo/train_models.py               both parts
          python demo/train_models.py --only unet   one part: vae or unet; the U-Net must follow a new vae
-Cost:    on two CPU cores: 3 h for the U-Net, other work beside it (results/demo_models/training.csv), 4 min
+Cost:    on two CPU cores: 2 h for the U-Net, other work beside it (results/demo_models/training.csv), 4 min
          for the corpus's latents; by estimate 10 min for the autoencoder
 Expect:  the figures of demo/README.md; other hardware, or other threads, other last bits
 """
@@ -45,7 +45,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E
 
 SHIPPED, WORK = ROOT / "demo" / "models" / "t2v", ROOT / "work" / "demo_training"
 SEED = 0
-CORPUS = 12000  # clips; a training of 12,000 steps sees each of them eight times
+CORPUS = 12000  # clips; a training of 6,000 steps sees each of them four times
 TEXT_LENGTH = 24  # tokens; the longest caption has 20
 
 # Autoencoder: 3 levels, 4 latent channels, 32 px -> 8x8. AdamW, cosine rate.
@@ -54,7 +54,7 @@ LATENT_STD = 0.25  # of the latents that the U-Net sees
 
 # U-Net and text encoder. AdamW; the rate warms up, stays, and falls to zero over the last part of the steps.
 UNET_CHANNELS, HEAD, TEXT_WIDTH, TEXT_LAYERS = (48, 96), 16, 64, 2
-UNET_STEPS, UNET_BATCH, UNET_RATE, WARM_UP, COOL_DOWN = 12000, 8, 1e-3, 200, 0.3
+UNET_STEPS, UNET_BATCH, UNET_RATE, WARM_UP, COOL_DOWN = 6000, 8, 1e-3, 200, 0.3
 EMA = 0.998  # of the weights that are shipped
 TEXT_DROPOUT = 0.1  # share of clips trained with the empty prompt, for classifier-free guidance
 SNR_CLIP = 0.5  # alpha^2 / sigma^2 of the schedule, reached at t = 470
