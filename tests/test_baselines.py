@@ -358,7 +358,8 @@ def test_static_dc_makes_still_videos_of_frames_drawn_once(world, monkeypatch):
     curve = [float(row["loss"]) for row in contract.read(folder(world, "static_dc") / "loss.csv")]
     assert curve[-1] < curve[0]
     args = Namespace(seed=0, ipc=2, settings={"real_start": 1}, spec={"side": 48})
-    frames = static.random_frames(args, real(world), CPU)
+    clips = {label: (names, array[:, None]) for label, (names, array) in real(world).items()}
+    frames = static.random_frames(args, clips, CPU)  # of window 0
     for label, (_, array) in real(world).items():
         for frame, clip in zip(frames[label], np.array(array), strict=True):
             shown = common.to_input(torch.from_numpy(clip[None]))[0].transpose(0, 1)  # [16, 3, S, S]
