@@ -196,6 +196,7 @@ def test_plan_adds_up(place, monkeypatch, capsys):
     ]
     monkeypatch.setattr(sys, "stdin", [line + "\n" for line in stages])
     monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys.modules["common"], "BENCH", REPO / "nothing measured")
     load("tools/plan.py").main()
     text = capsys.readouterr().out
     assert text.startswith("02 fresh: ") and "02 stale: seed 0 -> 1; 2 of 2 classes left, " in text
