@@ -144,3 +144,21 @@ def test_a_prompt_that_is_too_long_is_refused(latents, tmp_path):
         "03", "--sampler", "naive", "--name", "long", "--prompt-file", tmp_path / "p.json"
     )
     assert code == 3 and "the prompt of Walk is too long" in text and "slowly walks" in text, text
+
+
+def test_mjpeg_that_changes_its_sampling(tmp_path):
+    parts = [
+        film(tmp_path / f"{p}.avi", codec="mjpeg", pix_fmt=p, color_range=2) for p in ("yuvj420p", "yuvj422p")
+    ]
+    with av.open(str(tmp_path / "both.avi"), "w") as both:
+        for i, path in enumerate(parts):
+            with av.open(str(path)) as part:
+                stream = both.streams.video[0] if i else both.add_stream_from_template(part.streams.video[0])
+                for packet in part.demux(video=0):
+                    if packet.dts is not None:
+                        packet.pts = packet.dts = packet.dts + 16 * i
+                        packet.stream = stream
+                        both.mux(packet)
+    video = media.read_video(tmp_path / "both.avi").astype(float)
+    expected = np.stack([wall(i % 16, 96, 64) for i in range(32)])
+    assert len(video) == 32 and np.abs(video - expected).mean((1, 2, 3)).max() < 5
