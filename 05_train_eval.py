@@ -53,7 +53,7 @@ SETTINGS = {  # of --set: least and greatest value, or all values; batch_size se
     "sampling": ("uniform", "drawn"), "restart_momentum": (False, True),  # the clips' windows; when lr falls
     "standardise": ("none", "batch", "clip")}  # what is brought to mean 0 and deviation 1  # fmt: skip
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
-REPEATS, REPEATS_DEMO = 5, 3  # networks trained; of the demo's full set, which takes 18 minutes, only one
+REPEATS, REPEATS_FULL = {"demo": (3, 1)}, (5, 2)  # networks trained on a set, on all clips: an hour each
 ALPHA, TAU = 0.5, 3.0  # eq. 11: weight of the teacher (lost in the paper's text), temperature (section 4.4.2)
 NETS = {"minic3d": None, "cnn-gru": nn.GRU, "cnn-rnn": nn.RNN}
 RECURRENT_SIDE = 64  # pixels: the recurrent networks see the centre of larger frames
@@ -74,7 +74,7 @@ def parse_args():
     add("--protocol", choices=sorted(PROTOCOLS), help="see PROTOCOLS (gvd; demo: demo)")
     options = {"nargs": "+", "action": "extend", "type": setting, "default": [], "metavar": "KEY=VALUE"}
     add("--set", help=f"changes of the protocol, which mark the result: {', '.join(SETTINGS)}", **options)
-    add("--repeats", type=int, help=f"({REPEATS}; the demo {REPEATS_DEMO}, its full set 1)")
+    add("--repeats", type=int, help="networks (5, on all clips 2; demo 3, on all clips 1)")
     add("--dtype", choices=("float32", "bfloat16"), help="of convolutions (bfloat16 where the device has it)")
     add("--save", action="store_true", help="with --train-on full: keep repeat 0's network and features")
     args = contract.parse(parser)
@@ -86,7 +86,7 @@ def parse_args():
     if not 0 <= args.alpha <= 1 or not 0 < args.tau < math.inf:
         parser.error("--alpha: must be 0 to 1; --tau: above 0")
     args.alpha, args.tau = (args.alpha, args.tau) if args.labels == "soft" else (None, None)
-    args.repeats = args.repeats or ((1 if full else REPEATS_DEMO) if demo else REPEATS)
+    args.repeats = args.repeats or REPEATS.get(args.dataset, REPEATS_FULL)[full]
     name, both = args.protocol or ("demo" if demo else "gvd"), given.pop("batch_size", None)
     implied = {"min_steps": 0} if "epochs" in given else {}
     implied |= {"min_batch_size": both, "max_batch_size": both} if both else {}
