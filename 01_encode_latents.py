@@ -44,7 +44,7 @@ def parse_args():
     add("--windows", action="store_true", help="also the random windows that 05 --protocol dancing needs")
     add("--partial", action="store_true", help="work with the listed clips that are present")
     add("--allow-bad", type=int, default=0, metavar="N", help="leave out up to N broken videos (0)")
-    add("--val", type=float, help="one's own data without test/: the share of test clips (0.2)")
+    add("--val", type=float, help="one's own data without test/: the share of test clips (as before; 0.2)")
     add("--hmdb-train", choices=("all", "official"), help="HMDB51's training clips: with the unused (all)")
     args = contract.parse(parser)
     size = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", args.size or "{}x{}".format(*args.spec["size"]))
@@ -52,10 +52,13 @@ def parse_args():
         parser.error("--size: must be WxH with sides that are multiples of 8, as 448x256")
     if args.hmdb_train and args.dataset != "hmdb51":
         parser.error("--hmdb-train is for hmdb51")
-    if args.val is not None and (args.spec["lists"] or not 0 < args.val < 1):
+    split = args.spec["lists"] or (args.data_root / args.dataset / "test").exists()
+    if args.val is not None and (split or not 0 < args.val < 1):
         parser.error("--val is for one's own data set without a folder test, above 0 and below 1")
-    args.val = args.val or 0.2
+    args.val = None if split else args.val or args.spec["val"] or 0.2
     args.size = tuple(int(side) for side in size.groups())
+    if not args.spec["lists"]:  # as later stages find it
+        args.spec = args.spec | {"size": args.size, "val": args.val}
     args.hmdb_train = args.hmdb_train or ("all" if args.dataset == "hmdb51" else None)
     args.parts = {"train": 1, "test": 1} | (WINDOWS if args.windows else {})  # windows of a clip per folder
     return args

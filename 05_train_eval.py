@@ -318,6 +318,8 @@ def find_deviations(args, facts, used):
     train, test_clips = (3570, 1530) if facts["hmdb_train"] == "official" else args.spec["clips"]
     if not args.spec["lists"]:  # one's own data set: whatever 01 has found
         train, test_clips = facts["videos"], facts["test clips"]
+        limits = {args.limit, used["01_clips"]["parameters"]["limit"]} - {None}
+        found += [f"at most {limit} clips of a class" for limit in sorted(limits)]
     counts = {"classes": (len(args.classes), whole), "test clips": (facts["test clips"], test_clips)}
     counts["training videos"] = (facts["videos"], train if args.train_on == "full" else args.ipc * whole)
     found += [f"{n:,} of {total:,} {what}" for what, (n, total) in counts.items() if n != total]
@@ -351,7 +353,7 @@ def summarise(args, output, facts):
 
 def estimate(args):
     per_class = args.ipc if args.train_on != "full" else args.spec["clips"][0] // len(args.spec["classes"])
-    count, n = min(per_class, args.limit or per_class) * len(args.classes), args.repeats
+    count, n = max(1, min(per_class, args.limit or per_class)) * len(args.classes), args.repeats
     seconds, machine = common.rate(args, SECONDS.get(args.dataset, SECONDS_FULL), f"seconds, {args.net}")
     seconds *= n * count * schedule(count, args.protocol)[1]
     item, files = f"repeats on {Path(args.train_on).name}, {args.labels} labels", 1 + 2 * len(args.classes)

@@ -248,9 +248,9 @@ def read_prompts(args):
     if not args.prompt_file and not path.exists():
         path = args.data_root / args.dataset / "prompts.json"
         if not path.exists():
-            words = {c: re.sub(r"(?<=[a-z])(?=[A-Z])|[\W_]+", " ", c).strip().lower() for c in args.classes}
+            words = {c: re.sub(r"(?<=[a-z])(?=[A-Z])|[-_\s]+", " ", c).strip().lower() for c in args.classes}
             return {label: f"a video of {words[label]}" for label in args.classes}
-    prompts = read(path)
+    prompts = read(path, 'mend it: {"class": "a sentence", ...}')
     if not isinstance(prompts, dict):
         raise ContractError(f"{path} is missing or no JSON object", "{class: prompt}")
     for label in args.classes:

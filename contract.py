@@ -362,7 +362,7 @@ class Output:
         self.cost, self.wanted, self.derived = args.estimate[Path(folder).parts[0]], wanted, derived
         if WORLD > 1 and not shared:
             raise ContractError(f"{args.script.name} runs in one process", fix="type it without torchrun")
-        spec = {name: args.spec[name] for name in ("size", "resize", "side")}
+        spec = {name: args.spec[name] for name in ("size", "resize", "side", "val") if name in args.spec}
         values = {**spec, **parameters, "dataset": args.dataset, "seed": args.seed}
         self.identity = {"parameters": values, "inputs": inputs, "code": code_identity(args.script)}
         self.identity = json.loads(json.dumps(self.identity))  # tuples become lists

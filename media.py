@@ -48,7 +48,7 @@ DATASETS = {
 def find_data_set(args):
     """The entry of args.dataset in DATASETS, or by any other name one's own: a class is a folder of train/.
 
-    Its frames have HMDB51's sizes, or the size for which stage 01 was last asked.
+    Its frames have HMDB51's sizes, or the --size of the last run of stage 01, as its test split that --val.
     """
     if args.dataset in DATASETS:
         return DATASETS[args.dataset]
@@ -57,10 +57,15 @@ def find_data_set(args):
     if not classes:
         expected = f"{', '.join(DATASETS)}, or one's own videos as {root}/train/<class>/*.mp4"
         raise Missing(f"{root / 'train'} has no classes", expected, fix="see docs/data.md; --data-root")
+    taken = {"vae", "classes", "manifest.json", "metadata.csv", "README.md", "log.txt"} & {*classes}
+    if taken or ((root / "test").exists() and not (root / "test").is_dir()):
+        what = f"{root}: " + (f"no class can be called {min(taken)}" if taken else "test is no folder")
+        raise ContractError(what, fix="rename it")
     clips = [sum(1 for _ in root.glob(f"{split}/[!.]*/[!.]*")) for split in ("train", "test")]
     spec = DATASETS["hmdb51"] | {"classes": classes, "videos": args.dataset, "lists": None, "clips": clips}
     record = read_record(made, f"rm {made / 'manifest.json'}")
-    return spec | {"size": tuple(record["parameters"]["size"])} if record else spec
+    made = record["parameters"] if record else {}
+    return spec | {"size": tuple(made.get("size", spec["size"])), "val": made.get("val")}
 
 
 def list_clips(args):
@@ -119,8 +124,8 @@ def list_folder(root, args):
     for label in args.classes:
         for split in splits:
             paths = sorted((root / split / label).glob("[!.]*"), key=lambda path: path.stem)
-            bad = [p for p in paths if p.suffix.lower() not in ENDINGS or not p.stem.isprintable()]
-            if bad:
+            good = [p for p in paths if p.is_file() and p.suffix.lower() in ENDINGS and p.stem.isprintable()]
+            if bad := [p for p in paths if p not in good]:
                 what, fix = f"{ascii(str(bad[0]))} is no video file", "move it away, or rename it"
                 raise ContractError(what, ", ".join(ENDINGS), f"{len(bad)} such files of {label}", fix)
             if len(paths) < 3 - len(splits):
@@ -141,18 +146,20 @@ def missing(dataset, data_root, path, found=None, absent=()):
     if dataset == "demo":
         fix = f"python demo/draw_videos.py --data-root {shlex.quote(str(data_root))}"
         return Missing(f"{path} is missing", expected, found, fix)
-    everything = data_root.rglob("*.*") if names else ()
-    other = sorted(path for path in everything if path.stem in names and path not in absent)
-    if not other:
+    videos = Path(DATASETS[dataset]["videos"])
+    everything = (data_root / videos.parts[0]).rglob("*.*") if names else ()
+    everything = (path for path in everything if path.suffix.lower() in ENDINGS and path.stem in names)
+    other = sorted(path for path in everything if path not in absent)
+    if not other or (dataset == "hmdb51" and other[0].parent.name not in DATASETS[dataset]["classes"]):
         fix = "unpack the data set there, as docs/data.md says"
         return Missing(f"{path} is missing", expected, found, fix)
     found = f"{found}; {len(other):,} videos of these names elsewhere, the first is {other[0]}"
-    place = shlex.quote(str(data_root / DATASETS[dataset]["videos"]))
+    place = shlex.quote(str(data_root / videos))
     label = "c=${f%/*}; c=${c##*/}"  # the class is the name of the folder; UCF101's names hold it
     if dataset != "hmdb51":
         label = "c=${n#v_}; c=${c%%_*}; c=${c/HandStandP/HandstandP}"
-    move = f'mkdir -p {place}/"$c" && mv -n "$f" {place}/"$c/${{n%.*}}.avi"'
-    script = shlex.quote(f"for f; do n=${{f##*/}}; {label}; {move}; done")
+    link = f'mkdir -p {place}/"$c" && cp -ln "$f" {place}/"$c/${{n%.*}}.avi"'  # nothing moves
+    script = shlex.quote(f"for f; do n=${{f##*/}}; {label}; {link}; done")
     folder = shlex.quote(os.path.commonpath([video.parent for video in other]))
     fix = f"find {folder} -name '*{other[0].suffix}' -exec bash -c {script} - {{}} +"
     return Missing(f"{path} is missing", expected, found, fix)

@@ -70,7 +70,7 @@ column() { # IPC: the rows of Table 1
   [[ "$dataset" =~ ^(demo|miniucf|ucf101)$ || "$quick${options[soft]}" =~ ^1|--teacher ]] || stage 5 tools/train_teacher.py
   [ "$quick" = 1 ] || stage 5 tools/soft_labels.py --train-on random $windows
   stage 2 02_kmeans_prototypes.py "$1"
-  [[ ! "$dataset" =~ hmdb51|miniucf || "${options[03]}" = *--unet* ]] || stage 3 tools/finetune_unet.py
+  [[ ! "$dataset" =~ ^(hmdb51|miniucf)$ || "${options[03]}" = *--unet* ]] || stage 3 tools/finetune_unet.py
   stage 3 03_guided_sample.py "$1" "${more[@]}"
   stage 4 04_mvic_compose.py "$1"
   stage 5 05_train_eval.py "$1" --train-on gvd

@@ -2,6 +2,7 @@
 # An interpreter that fits is used as it is; else .venv is made beside this file with the pinned versions.
 # $test_modules: further modules that it must have.
 
+[ "$(locale charmap 2>/dev/null)" = UTF-8 ] || export LC_ALL=C.UTF-8 # names of classes may have any letters
 here="$(dirname "${BASH_SOURCE[0]}")"
 fits() { # torch >= 2.11, diffusers and transformers of the pinned minor version, OpenCV of the major one
   "$1" - "$here/requirements.txt" ${test_modules:-} <<'PY' 2>/dev/null

@@ -274,7 +274,7 @@ def test_ones_own_folder_gives_what_the_demo_gives(own, sampled):
     assert code == 0, text
     result = next((own.work / "mine/05_results/ipc2/random").rglob("result.json"))
     assert (contract.read(result)["test clips"], result.parent.name) == (4, "minic3d__hard__gvd")
-    assert "fresh" in own.run("01")[1]  # of the size for which it was last asked
+    assert own.run("01")[1].count("fresh: ") == 2  # of the size for which it was last asked
 
 
 def test_ones_own_classes_endings_and_test_split(own):
@@ -297,6 +297,10 @@ def test_ones_own_classes_endings_and_test_split(own):
     )
     assert common.read_prompts(args)["TaiChi - slow_motion"] == "a video of tai chi slow motion"
     assert own.run("02")[0] == own.run("03")[0] == 0
+    assert own.run("01")[1].count("fresh: ") == 2  # with the same test split
+    (root / "later").rename(root / "test")
+    code, text = own.run("01", "--val", 0.4)
+    assert code == 2 and "without a folder test" in text, text
 
 
 ODD = {  # a command in the folder of one's own clips: what stage 01 says
@@ -309,6 +313,9 @@ ODD = {  # a command in the folder of one's own clips: what stage 01 says
     "touch train/Walk/notes.txt": "train/Walk/notes.txt' is no video file",
     "cp train/Walk/v_Walk_g10_c01.avi train/Walk/v_Walk_g10_c01.mp4": "another video has this name",
     "touch train/Walk/a.mp4": "train/Walk/a.mp4: empty file",
+    "ln -s nowhere train/Walk/a.mp4": "train/Walk/a.mp4' is no video file",
+    "mv train/Wave train/vae": "no class can be called vae",
+    "rm -r test; touch test": "test is no folder",
 }
 
 
