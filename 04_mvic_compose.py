@@ -124,8 +124,7 @@ def main(args):
     inputs = source.check(f"{c}/{sample}.mp4" for c in args.classes for g in plans[c] for sample, _ in g)
     videos = [f"{c}/{i}.mp4" for c in args.classes for i in range(number)]
     derived, parameters = ("metadata.csv", "README.md"), {"ipc": args.ipc, "limit": args.limit, **method}
-    if not args.spec["lists"]:  # one's own: a class that is gone leaves the set
-        parameters["classes"] = args.spec["classes"]
+    parameters["classes"] = args.spec["classes"]  # one that is gone from one's own folder leaves the set
     folder = f"04_distilled/ipc{args.ipc}/{args.name}"
     output = contract.Output(args, folder, parameters, inputs, [*videos, *derived], derived)
     if not output.todo:

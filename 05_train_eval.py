@@ -53,7 +53,7 @@ SETTINGS = {  # of --set: least and greatest value, or all values; batch_size se
     "sampling": ("uniform", "drawn"), "restart_momentum": (False, True),  # the clips' windows; when lr falls
     "standardise": ("none", "batch", "clip")}  # what is brought to mean 0 and deviation 1  # fmt: skip
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
-REPEATS, REPEATS_FULL = {"demo": (3, 1)}, (5, 2)  # networks trained on a set, on all clips: an hour each
+REPEATS, REPEATS_FULL = {"demo": (3, 1)}, (5, 2)  # networks on a set, on all clips: an hour each, by estimate
 ALPHA, TAU = 0.5, 3.0  # eq. 11: weight of the teacher (lost in the paper's text), temperature (section 4.4.2)
 NETS = {"minic3d": None, "cnn-gru": nn.GRU, "cnn-rnn": nn.RNN}
 RECURRENT_SIDE = 64  # pixels: the recurrent networks see the centre of larger frames
@@ -74,7 +74,7 @@ def parse_args():
     add("--protocol", choices=sorted(PROTOCOLS), help="see PROTOCOLS (gvd; demo: demo)")
     options = {"nargs": "+", "action": "extend", "type": setting, "default": [], "metavar": "KEY=VALUE"}
     add("--set", help=f"changes of the protocol, which mark the result: {', '.join(SETTINGS)}", **options)
-    add("--repeats", type=int, help="networks (5, on all clips 2; demo 3, on all clips 1)")
+    add("--repeats", type=int, help=f"networks: on a set, on all clips ({REPEATS_FULL}; {REPEATS})")
     add("--dtype", choices=("float32", "bfloat16"), help="of convolutions (bfloat16 where the device has it)")
     add("--save", action="store_true", help="with --train-on full: keep repeat 0's network and features")
     args = contract.parse(parser)
@@ -157,15 +157,6 @@ def read_labels(args, kind, folder, inputs):
     files, shape = source.check(f"{c}.{end}" for c in args.classes), (None, len(args.classes))
     logits = {c: source.load(f"{c}.{end}", shape, "float32") for c in args.classes}
     return logits, contract.digest(files), source.record
-
-
-def select_random(clips, ipc, seed, repeat):
-    """{class: names} of `ipc` random training clips of each class, drawn for this repeat."""
-    chosen = {}
-    for label, names in ((label, sorted(names)) for label, (names, _) in clips.items()):
-        order = torch.randperm(len(names), generator=contract.generator(seed, "05", "random", repeat, label))
-        chosen[label] = sorted(names[i] for i in order[:ipc].tolist())
-    return chosen
 
 
 def tensors(clips, chosen, device, window=0, net="minic3d", logits=None):
@@ -421,7 +412,7 @@ def main(args):
         keep = r == 0 and args.save and outputs[1].todo
         if file not in output.todo and not keep:
             continue
-        chosen = select_random(clips, args.ipc, args.seed, r) if kind == "random" else chosen
+        chosen = media.select_random(clips, args.ipc, args.seed, r) if kind == "random" else chosen
         data = tensors(clips, chosen, device, slice(None) if kind == "videos" else 0, args.net, logits)
         net, loss = train(*data, args, r, dtype, output.folder / f".checkpoint_{r}.pt")
         accuracy = test(net, passes, labels[0], args.classes, dtype, args.protocol["standardise"])

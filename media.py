@@ -1,6 +1,17 @@
 """The data sets and their videos: lists, files, clips as the networks see them."""
 
-from contract import ROOT, ContractError, Input, Missing, atomic, command, read, read_record, sha256
+from contract import (
+    ROOT,
+    ContractError,
+    Input,
+    Missing,
+    atomic,
+    command,
+    generator,
+    read,
+    read_record,
+    sha256,
+)
 
 import os
 import re
@@ -8,6 +19,7 @@ import shlex
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from common import NUM_FRAMES
 
@@ -124,7 +136,7 @@ def list_folder(root, args):
     for label in args.classes:
         for split in splits:
             paths = sorted((root / split / label).glob("[!.]*"), key=lambda path: path.stem)
-            good = [p for p in paths if p.is_file() and p.suffix.lower() in ENDINGS and p.stem.isprintable()]
+            good = {p for p in paths if p.is_file() and p.suffix.lower() in ENDINGS and p.stem.isprintable()}
             if bad := [p for p in paths if p not in good]:
                 what, fix = f"{ascii(str(bad[0]))} is no video file", "move it away, or rename it"
                 raise ContractError(what, ", ".join(ENDINGS), f"{len(bad)} such files of {label}", fix)
@@ -347,6 +359,15 @@ def real_clips(args, split="train", windows=False, least=1):
             what = f"{source.folder}/{split}/{label}.csv: too few clips"
             raise ContractError(what, f"at least {least}", found, "a smaller IPC, a larger --limit")
     return clips, files
+
+
+def select_random(clips, ipc, seed, repeat):
+    """{class: names} of `ipc` random training clips of each class, of stage 05's `random` in a repeat."""
+    chosen = {}
+    for label, names in ((label, sorted(names)) for label, (names, _) in clips.items()):
+        order = torch.randperm(len(names), generator=generator(seed, "05", "random", repeat, label))
+        chosen[label] = sorted(names[i] for i in order[:ipc].tolist())
+    return chosen
 
 
 def find_videos(args, folder, ending=".mp4"):

@@ -142,13 +142,10 @@ def plan(args, clips, copies=1):
 
 def start_clips(args, clips, device):
     """`ipc` real clips of each class, [K n, 3, 16, S, S]: those that 05 --train-on random has in repeat 0."""
-    chosen = []
+    chosen, starts = media.select_random(clips, args.ipc, args.seed, 0), []
     for label, (names, array) in clips.items():
-        ordered = sorted(names)
-        order = torch.randperm(len(names), generator=contract.generator(args.seed, "05", "random", 0, label))
-        rows = [names.index(name) for name in sorted(ordered[i] for i in order[: args.ipc].tolist())]
-        chosen.append(torch.from_numpy(array[rows, 0]))
-    return common.to_input(torch.cat(chosen).to(device))
+        starts.append(torch.from_numpy(array[[names.index(name) for name in chosen[label]], 0]))
+    return common.to_input(torch.cat(starts).to(device))
 
 
 def on_device(clips, device):

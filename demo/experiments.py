@@ -50,6 +50,7 @@ PAIR = ("SitDown", "StandUp")  # the same poses in opposite order
 PAIR_EPOCHS = 30  # enough for the network that sees the frames in order
 QUANTILES = {"least": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95}
 SAMPLERS = {"gvd": ("direct", 10), "naive": ("direct", 5), "knoise": ("dummy-video", 5)}  # --cluster; sets
+RESULT = "minic3d__hard__demo/result.json"  # of a set, in 05_results
 RANDOM = 10  # sets: networks, each on random clips of its own
 DRAWS = 2  # finetune: videos per prototype, 80 in all at IPC 5
 SETTINGS = {"random": ("", ""), "cfg2": ("--cfg 2", ""), "cfg4": ("--cfg 4", "")}  # options of 03, of 04
@@ -106,7 +107,7 @@ def found(args, *path):
 
 def top1(args, *folders):
     """{mean, std, n, values} of the accuracies in percent, of a set's result.json."""
-    return found(args, *folders, "minic3d__hard__demo", "result.json")["top1"]
+    return found(args, *folders, RESULT)["top1"]
 
 
 def recognised(args, names):
@@ -231,6 +232,13 @@ def distances(args, sets):
     return values
 
 
+def encode(vae, clips):
+    """Scaled mean latents [n, 4, 16, h, w] of clips uint8 [n, 16, H, W, 3]."""
+    x = torch.from_numpy(clips).movedim(-1, 2).float() / 127.5 - 1  # [n, 16, 3, H, W]
+    z = vae.encode(x.flatten(0, 1)).latent_dist.mean.unflatten(0, x.shape[:2]).movedim(1, 2)
+    return z * vae.config.scaling_factor
+
+
 @torch.inference_mode()
 def prediction_errors(args):
     """{timestep: {caption: squared error of the U-Net's predicted clips, as a share of their variance}}.
@@ -244,9 +252,7 @@ def prediction_errors(args):
     embeddings = common.embed(model, prompts, cpu)
     right = torch.cat([embeddings[prompts[label]] for label in CLASSES]).repeat(8, 1, 1)  # as they are drawn
     captions = {"right": right, "none": embeddings[""].expand_as(right), "wrong": right.roll(1, 0)}
-    x = torch.from_numpy(clips).movedim(-1, 2).float() / 127.5 - 1  # [64, 16, 3, H, W]
-    z = vae.encode(x.flatten(0, 1)).latent_dist.mean.unflatten(0, x.shape[:2]).movedim(1, 2)
-    z = z * vae.config.scaling_factor  # [64, 4, 16, h, w]
+    z = encode(vae, clips)
     scheduler, variance = DDIMScheduler.from_pretrained(model / "scheduler"), (z - z.mean(0)).square().mean()
     for t in NOISY:
         noise = torch.randn(z.shape, generator=contract.generator(CORPUS_SEED, "errors", t))
@@ -283,22 +289,23 @@ def measure(args):
 
 
 def sets(args):
-    rows = [("set", "n", "top1_mean", "top1_std", "top1_values", "bytes")]
     run(args, "01_encode_latents.py")
+    results, group = {}, f"ipc{args.ipc}"
     for sampler, (cluster, number) in SAMPLERS.items():
         run(args, "02_kmeans_prototypes.py", args.ipc, "--cluster", cluster)
-        results = []
         for seed in range(number):
             name, ours = f"{sampler}-seed{seed}", ("--seed", seed)
             run(args, "03_guided_sample.py", args.ipc, "--sampler", sampler, "--name", name, *ours)
             run(args, "04_mvic_compose.py", args.ipc, "--samples", name, "--name", name, *ours)
             run(args, "05_train_eval.py", args.ipc, "--train-on", name, "--repeats", 1, *ours)
-            results.append(found(args, f"ipc{args.ipc}", name, "minic3d__hard__demo", "result.json"))
-        values = [result["top1"]["mean"] for result in results]
-        rows.append([sampler, number, *summary(values), round(statistics.fmean(r["bytes"] for r in results))])
+            results.setdefault(sampler, []).append(found(args, group, name, RESULT))
     run(args, "05_train_eval.py", args.ipc, "--train-on", "random", "--repeats", RANDOM)
-    random = top1(args, f"ipc{args.ipc}", "random")["values"]
-    rows.append(["random", len(random), *summary(random), results[0]["videos"] * 16 * 48 * 48 * 3])
+    results["random"] = [found(args, group, "random", RESULT)]
+    rows = [("set", "n", "top1_mean", "top1_std", "top1_values", "bytes")]
+    for name, of_name in results.items():
+        values = [value for result in of_name for value in result["top1"]["values"]]
+        size = round(statistics.fmean(result["bytes"] for result in of_name))
+        rows.append([name, len(values), *summary(values), size])
     report(args, f"sets_ipc{args.ipc}.csv", rows)
 
 
@@ -346,9 +353,7 @@ def bring_back(model, clips, label, first, cfg, steps):
     states = torch.cat([states[""], states[prompt]]).to(unet.dtype).repeat_interleave(len(clips), 0)
     scheduler = DDIMScheduler.from_pretrained(model / "scheduler")
     scheduler.set_timesteps(steps)
-    x = torch.from_numpy(clips).movedim(-1, 2).float() / 127.5 - 1  # [n, 16, 3, H, W]
-    z = vae.encode(x.flatten(0, 1)).latent_dist.mean.unflatten(0, x.shape[:2]).movedim(1, 2)
-    z = z * vae.config.scaling_factor  # [n, 4, 16, h, w]
+    z = encode(vae, clips)
     noise = torch.randn(z.shape, generator=contract.generator(CORPUS_SEED, "take-over", label))
     times = [t for t in scheduler.timesteps if t <= first]
     if times:

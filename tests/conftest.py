@@ -133,6 +133,12 @@ class Place(NamedTuple):
         assert code == 0, text
         return text
 
+    def refused(self, script, *extra):
+        """The message of a script that has to end with exit code 3."""
+        code, text = self.run(script, *extra)
+        assert code == 3, text
+        return text
+
     def spawn(self, script, *extra, processes=0, **environment):
         """Starts a script as a process of its own, or with torchrun as several."""
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]

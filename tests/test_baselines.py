@@ -48,29 +48,18 @@ def normal(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def check_gradient(function, x, gradient, places=12):
-    """Central differences of function() at some values of x, which it reads."""
-    flat, eps = x.detach().view(-1), 1e-5
+def differences(function, x, gradient, places=12):
+    """(gradient, central differences) of function() at some values of x, which it reads."""
+    (flat, eps), both = (x.detach().view(-1), 1e-5), []
     for i in torch.randperm(len(flat), generator=torch.Generator().manual_seed(1))[:places].tolist():
         kept, found = flat[i].item(), []
         for sign in (1, -1):
             flat[i] = kept + sign * eps
             found.append(function().item())
         flat[i] = kept
-        expected = (found[0] - found[1]) / (2 * eps)
-        assert gradient.reshape(-1)[i].item() == pytest.approx(expected, rel=1e-5, abs=1e-9)
-
-
-def run(place, script, *words):
-    code, text = place.run(script, *words)
-    assert code == 0, text
-    return text
-
-
-def refused(place, script, *words):
-    code, text = place.run(script, *words)
-    assert code == 3, text
-    return text
+        both.append((gradient.reshape(-1)[i].item(), (found[0] - found[1]) / (2 * eps)))
+    ours, expected = zip(*both, strict=True)
+    return list(ours), pytest.approx(list(expected), rel=1e-5, abs=1e-9)
 
 
 @pytest.fixture
@@ -192,7 +181,8 @@ def test_dm_gradient_against_central_differences_and_per_class_is_the_whole(smal
         losses.append(dm.class_loss(network, weights, batches[index], synthetic[rows]))
         losses[-1].backward()
     assert sum(losses).item() == pytest.approx(whole().item(), rel=1e-12)
-    check_gradient(whole, synthetic, synthetic.grad)
+    ours, expected = differences(whole, synthetic, synthetic.grad)
+    assert ours == expected
 
 
 def test_dm_of_features_that_average_to_the_real_mean_is_zero():
@@ -206,10 +196,10 @@ def test_dm_of_features_that_average_to_the_real_mean_is_zero():
 
 
 def test_dm_of_no_steps_is_random_on_the_same_clips_to_the_last_digit(world):
-    run(world, "baselines/dm.py", 2, "--set", "steps=0")
+    world.must("baselines/dm.py", 2, "--set", "steps=0")
     clips, set_folder = real(world), folder(world, "dm")
-    run(world, "05", "--train-on", "random", "--repeats", 1)
-    run(world, "05", "--train-on", "dm", "--repeats", 1)
+    world.must("05", "--train-on", "random", "--repeats", 1)
+    world.must("05", "--train-on", "dm", "--repeats", 1)
     (ours, own), (theirs, other) = result(world, "dm"), result(world, "random")
     for label in CLASSES:
         names, array = clips[label]
@@ -234,8 +224,8 @@ def test_dm_of_no_steps_is_random_on_the_same_clips_to_the_last_digit(world):
 
 def test_dm_steps_are_sgd_on_fresh_networks_and_other_batches(world):
     """One step by hand: the network, the batch, the rate; and the loss over more steps falls."""
-    run(world, "baselines/dm.py", 2, "--set", "steps=1", "real=3", "lr=500", "--name", "one")
-    run(world, "baselines/dm.py", 2, "--set", "steps=0", "--name", "none")
+    world.must("baselines/dm.py", 2, "--set", "steps=1", "real=3", "lr=500", "--name", "one")
+    world.must("baselines/dm.py", 2, "--set", "steps=0", "--name", "none")
     network, before, after = parts.Network(2, CPU), [], []
     weights = network.new(0, "dm", 0)
     for label, (_, array) in real(world).items():
@@ -254,8 +244,8 @@ def test_dm_steps_are_sgd_on_fresh_networks_and_other_batches(world):
 
 
 def test_dm_lowers_the_loss_on_networks_that_it_has_not_seen(world):
-    run(world, "baselines/dm.py", 2, "--set", "steps=0", "--name", "none")
-    run(world, "baselines/dm.py", 2, "--set", "steps=8", "real=5", "lr=1000", "--name", "more")
+    world.must("baselines/dm.py", 2, "--set", "steps=0", "--name", "none")
+    world.must("baselines/dm.py", 2, "--set", "steps=8", "real=5", "lr=1000", "--name", "more")
     assert len(contract.read(folder(world, "more") / "loss.csv")) == 8
     network = parts.Network(2, CPU)
     for seed in range(3):
@@ -282,11 +272,11 @@ def killed_and_whole(place, monkeypatch, script, *words):
     monkeypatch.setattr(parts, "CHECKPOINT_EVERY", 3)
     with monkeypatch.context() as patch:
         patch.setattr(contract, "tqdm", Killed)
-        assert "killed" in refused(place, script, *words)
+        assert "killed" in place.refused(script, *words)
     assert len([*place.work.rglob(".checkpoint.pt")]) == 1
-    run(place, script, *words)
-    run(whole, script, *words)
-    assert "fresh: " in run(place, script, *words) and not [*place.work.rglob(".checkpoint*")]
+    place.must(script, *words)
+    whole.must(script, *words)
+    assert "fresh: " in place.must(script, *words) and not [*place.work.rglob(".checkpoint*")]
     return place.files(), whole.files()
 
 
@@ -323,7 +313,8 @@ def test_gradient_of_the_distance_against_central_differences():
         return static.distance(target, static.gradients(net, images, labels, create_graph=True))
 
     loss().backward(inputs=[images])
-    check_gradient(lambda: loss().detach(), images, images.grad, places=6)
+    ours, expected = differences(lambda: loss().detach(), images, images.grad, places=6)
+    assert ours == expected
 
 
 def test_convnet_and_its_training_between_outer_steps():
@@ -382,7 +373,8 @@ def test_ridge_regression_against_a_float64_solve_and_its_gradient():
     y.requires_grad_()
     frepo.predict(ft, fs, y).square().sum().backward()
     for x in (fs, y):
-        check_gradient(lambda: frepo.predict(ft, fs, y).detach().square().sum(), x, x.grad)
+        ours, expected = differences(lambda: frepo.predict(ft, fs, y).detach().square().sum(), x, x.grad)
+        assert ours == expected
     twice = fs.detach()[[0, 0, 1, 1]].requires_grad_()  # a kernel without an inverse
     value = frepo.predict(ft, twice, y.detach()[[0, 0, 1, 1]]).square().sum()
     (gradient,) = torch.autograd.grad(value, twice)
@@ -430,7 +422,7 @@ def test_frepo_learns_clips_and_labels_and_goes_on_after_a_kill(world, monkeypat
         np.concatenate(labels).dtype == np.float32 and 0 < np.abs(np.concatenate(labels) - start).max() < 0.05
     )
     assert contract.read(folder(world, "frepo") / "set.json")["bytes"] == 4 * (4 * 3 * 16 * 48**2 + 4 * 2)
-    run(world, "05", "--train-on", "frepo", "--labels", "stored", "--repeats", 1)
+    world.must("05", "--train-on", "frepo", "--labels", "stored", "--repeats", 1)
     assert "labels or lr that are stored with the set" in result(world, "frepo", "stored")[0]["deviations"]
 
 
@@ -566,16 +558,16 @@ def test_mtt_trains_experts_uses_all_of_them_and_goes_on_after_a_kill(world, mon
 @pytest.mark.parametrize("method", ["dm", "frepo", "mtt"])
 def test_dynamic_memories_are_learnt_and_statics_are_not(world, method):
     copies = 1 if method == "frepo" else 2
-    text = refused(world, f"baselines/{method}.py", 2, "--dynamic")
+    text = world.refused(f"baselines/{method}.py", 2, "--dynamic")
     assert f"python baselines/static_dc.py demo {2 * copies}" in text
-    run(world, "baselines/static_dc.py", 2 * copies, "--set", "steps=1", "real=2")
+    world.must("baselines/static_dc.py", 2 * copies, "--set", "steps=1", "real=2")
     small_run = {
         "dm": ("real=2",),
         "frepo": ("real=4", "pool=1"),
         "mtt": ("inner=1", "experts=1", "expert_epochs=1"),
     }
     words = (2, "--dynamic", "--set", "steps=2", *small_run[method])
-    text = run(world, f"baselines/{method}.py", *words)
+    text = world.must(f"baselines/{method}.py", *words)
     name, variants = f"{method}+d", copies**2
     about = contract.read(folder(world, name) / "set.json")
     of_labels, of_beta = 4 * 2 * (method == "frepo"), method == "mtt"
@@ -585,7 +577,7 @@ def test_dynamic_memories_are_learnt_and_statics_are_not(world, method):
     assert (
         clips.shape == (2, variants, 16, 48, 48, 3) and len({clip.tobytes() for clip in clips[0]}) == variants
     )
-    run(world, "05", "--train-on", name, "--repeats", 1)
+    world.must("05", "--train-on", name, "--repeats", 1)
     assert result(world, name)[0]["bytes"] == about["bytes"]
 
 
@@ -601,7 +593,7 @@ def replace(place, name, file, value):
 
 
 def test_05_refuses_what_is_no_set_of_a_baseline(world):
-    run(world, "baselines/dm.py", 2, "--set", "steps=0")
+    world.must("baselines/dm.py", 2, "--set", "steps=0")
     good = np.array(contract.read(folder(world, "dm") / "Walk.npy"))
     holed = good.copy()
     holed[1, 0, 3, 2, 1, 0] = np.nan
@@ -612,12 +604,12 @@ def test_05_refuses_what_is_no_set_of_a_baseline(world):
         (holed, "Walk.npy: a value is not finite"),
     ):
         replace(world, "dm", "Walk.npy", array)
-        assert message in refused(world, "05", "--train-on", "dm")
+        assert message in world.refused("05", "--train-on", "dm")
     replace(world, "dm", "Walk.npy", good)
-    run(world, "05", "--train-on", "dm", "--repeats", 1)
-    assert "labels.npy is missing" in refused(world, "05", "--train-on", "dm", "--labels", "stored")
+    world.must("05", "--train-on", "dm", "--repeats", 1)
+    assert "labels.npy is missing" in world.refused("05", "--train-on", "dm", "--labels", "stored")
     (folder(world, "dm") / "Walk.npy").unlink()
-    text = refused(world, "05", "--train-on", "dm")
+    text = world.refused("05", "--train-on", "dm")
     assert "Walk.npy is damaged" in text and "python baselines/dm.py demo 2" in text
 
 
@@ -648,11 +640,11 @@ def test_05_draws_a_variant_per_clip_and_epoch(monkeypatch, tmp_path):
 
 
 def test_stored_labels_and_rate_are_marked(world):
-    run(world, "baselines/dm.py", 2, "--set", "steps=0")
+    world.must("baselines/dm.py", 2, "--set", "steps=0")
     about = contract.read(folder(world, "dm") / "set.json")
-    run(world, "05", "--train-on", "dm", "--repeats", 1)
+    world.must("05", "--train-on", "dm", "--repeats", 1)
     replace(world, "dm", "set.json", about | {"lr": 0.02})
-    run(world, "05", "--train-on", "dm", "--repeats", 1, "--labels", "stored")
+    world.must("05", "--train-on", "dm", "--repeats", 1, "--labels", "stored")
     plain, learnt = (result(world, "dm", labels)[0] for labels in ("hard", "stored"))
     assert plain["protocol"]["lr"] == 0.005 and learnt["protocol"]["lr"] == 0.02
     assert {*learnt["deviations"]} - {*plain["deviations"]} == {
@@ -745,7 +737,7 @@ def test_estimates_and_dry_runs(world):
         item, count, seconds, size, machine = module.estimate(args)["04_distilled"]
         assert seconds / 3600 == pytest.approx(hours, rel=0.25) and machine == "an A100"
         assert size == 50 * 5 * 16 * 112 * 112 * 3 * 2 and count == len(parts.wanted(args))
-    text = run(world, "baselines/mtt.py", 2, "--dry-run")
+    text = world.must("baselines/mtt.py", 2, "--dry-run")
     lines = text.splitlines()
     assert len(lines) == 2 and "experts left" in lines[0] and "of mtt left" in lines[1]
     assert not [*world.work.glob("demo/05_networks/*"), *world.work.glob("demo/04_distilled/ipc2/mtt/*")]
@@ -755,6 +747,6 @@ def test_misuse(world):
     for words in (["lr=x"], ["lr"], ["steps=1.5"], ["unknown=1"], ["lr=-1"], ["lr=nan"]):
         code, text = world.run("baselines/dm.py", 2, "--set", *words)
         assert code == 2 and words[0].partition("=")[0] in text
-    assert "too few clips" in refused(world, "baselines/dm.py", 9)
-    text = refused(world, "baselines/dm.py", 2, "--set", "steps=30", "lr=1e12")
+    assert "too few clips" in world.refused("baselines/dm.py", 9)
+    text = world.refused("baselines/dm.py", 2, "--set", "steps=30", "lr=1e12")
     assert "not finite" in text and "a smaller rate" in text

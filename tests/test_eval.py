@@ -23,20 +23,6 @@ coresets, fitting = load("tools/coresets.py"), load("tools/train_teacher.py")
 CPU, NONE, LABELS = torch.device("cpu"), Path("no checkpoint"), "tools/soft_labels.py"
 
 
-def run(place, script, *words):
-    """What a script prints; it must succeed."""
-    code, text = place.run(script, *words)
-    assert code == 0, text
-    return text
-
-
-def refused(place, script, *words):
-    """The message of a script that ends with exit code 3."""
-    code, text = place.run(script, *words)
-    assert code == 3, text
-    return text
-
-
 def outcome(place, name="gvd", kind="minic3d__hard__demo"):
     """(repeats, result) of a set's result."""
     folder = place.work / "demo/05_results/ipc2" / name / kind
@@ -182,7 +168,7 @@ def test_interrupted_training_ends_with_the_same_numbers(place, monkeypatch):
     """It goes on from a checkpoint; one that is cut in half is one message."""
     monkeypatch.setattr(stage, "CHECKPOINT_EVERY", 2)
     words = ("05", "--set", "epochs=3", "--repeats", 1, "--name")
-    run(place, *words, "whole")
+    place.must(*words, "whole")
     for name in ("stopped", "cut"):
         go_on = stop_at(monkeypatch, "epoch", 2)
         with pytest.raises(KeyboardInterrupt):
@@ -191,10 +177,10 @@ def test_interrupted_training_ends_with_the_same_numbers(place, monkeypatch):
         checkpoint = place.work / f"demo/05_results/ipc2/{name}/minic3d__hard__demo/.checkpoint_0.pt"
         if name == "cut":
             checkpoint.write_bytes(checkpoint.read_bytes()[: checkpoint.stat().st_size // 2])
-            text = refused(place, *words, name)
+            text = place.refused(*words, name)
             assert f"{checkpoint} is damaged" in text and f"rm {checkpoint}" in text
             checkpoint.unlink()
-        run(place, *words, name)
+        place.must(*words, name)
         assert outcome(place, name)[0] == outcome(place, "whole")[0] and not checkpoint.exists()
 
 
@@ -202,7 +188,7 @@ def test_interrupted_training_ends_with_the_same_numbers(place, monkeypatch):
 
 
 def test_changes_of_the_protocol_are_recorded_and_marked(place):
-    run(place, "05", "--set", "batch_size=4", "lr=0.02", "--set", "epochs=2", "standardise=clip")
+    place.must("05", "--set", "batch_size=4", "lr=0.02", "--set", "epochs=2", "standardise=clip")
     result, own = outcome(place)[1], stage.PROTOCOLS["demo"]
     changed = {"epochs": 2, "min_steps": 0, "min_batch_size": 4, "max_batch_size": 4, "lr": 0.02}
     assert result["protocol"] == {"name": "demo", **own, **changed, "standardise": "clip"}
@@ -249,10 +235,10 @@ def test_only_the_whole_protocol_is_complete(monkeypatch):
 
 def test_result_says_what_it_was_made_from(place):
     """Its digest, the parameters of 02 to 04 and the U-Net, and what --keep has accepted on the way."""
-    run(place, "03", "--guidance", 3, "--name", "strong")
-    run(place, "04", "--samples", "strong", "--name", "other")
-    run(place, "04", "--samples", "strong", "--name", "other", "--frames", "continuous", "--keep")
-    run(place, "05", "--train-on", "other")
+    place.must("03", "--guidance", 3, "--name", "strong")
+    place.must("04", "--samples", "strong", "--name", "other")
+    place.must("04", "--samples", "strong", "--name", "other", "--frames", "continuous", "--keep")
+    place.must("05", "--train-on", "other")
     repeats, result = outcome(place, "other")
     path = place.work / "demo/04_distilled/ipc2/other"
     names = [f"{c}/{i}.mp4" for c in CLASSES for i in (0, 1)]
@@ -268,22 +254,22 @@ def test_result_says_what_it_was_made_from(place):
     for name in names:
         (bare / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path / name, bare / name)
-    run(place, "05", "--train-on", bare)
+    place.must("05", "--train-on", bare)
     assert outcome(place, "bare")[0] == repeats
     assert outcome(place, "bare")[1]["training set"] == result["training set"]
-    assert "name of a set of real clips" in refused(place, "05", "--train-on", bare, "--name", "random")
+    assert "name of a set of real clips" in place.refused("05", "--train-on", bare, "--name", "random")
     (bare / names[0]).write_bytes(b"no video")
-    assert str(bare / names[0]) in refused(place, "05", "--train-on", bare)
+    assert str(bare / names[0]) in place.refused("05", "--train-on", bare)
 
 
 def test_dancing_trains_on_window_1_and_tests_on_windows_1_to_3(place, monkeypatch):
     words = ("05", "--protocol", "dancing", "--train-on", "full", "--repeats", 1)
-    assert "--windows" in refused(place, *words)
-    run(place, "01", "--windows")
+    assert "--windows" in place.refused(*words)
+    place.must("01", "--windows")
     seen, train, test = {}, stage.train, stage.test
     monkeypatch.setattr(stage, "train", lambda x, *rest: train(seen.setdefault("train", x), *rest))
     monkeypatch.setattr(stage, "test", lambda net, x, *rest: test(net, seen.setdefault("test", x), *rest))
-    run(place, *words)
+    place.must(*words)
     for split in ("train", "test"):
         paths = [place.work / f"demo/01_clips/windows/{split}/{c}.npy" for c in CLASSES]
         windows = np.concatenate([np.load(path) for path in paths]).swapaxes(0, 1)
@@ -330,11 +316,11 @@ def test_coresets_against_brute_force_and_by_hand():
 
 def test_coresets_of_the_saved_network(place):
     """The features are the saved network's, the clips those that the rule chooses, in every repeat."""
-    assert "tools/coresets.py demo 2" in refused(place, "05", "--train-on", "herding")
-    assert "--train-on full --save" in refused(place, "tools/coresets.py", 2)
-    run(place, "05", "--train-on", "full", "--save")
-    assert run(place, "05", "--train-on", "full", "--save").count("fresh") == 2
-    run(place, "tools/coresets.py", 2)
+    assert "tools/coresets.py demo 2" in place.refused("05", "--train-on", "herding")
+    assert "--train-on full --save" in place.refused("tools/coresets.py", 2)
+    place.must("05", "--train-on", "full", "--save")
+    assert place.must("05", "--train-on", "full", "--save").count("fresh") == 2
+    place.must("tools/coresets.py", 2)
     net, folder = common.MiniC3D(2).eval(), place.work / "demo/05_networks/minic3d__demo"
     net.load_state_dict(load_file(folder / "network.safetensors"))
     chosen = {kind: {} for kind in RULES}
@@ -349,13 +335,13 @@ def test_coresets_of_the_saved_network(place):
         for kind, rule in RULES.items():
             chosen[kind][label] = [names[i] for i in rule(features.astype(float).tolist(), 2)]
     for kind in RULES:
-        run(place, "05", "--train-on", kind)
+        place.must("05", "--train-on", kind)
         repeats, result = outcome(place, kind)
         assert [r["clips"] for r in repeats] == [chosen[kind]] * 2
         assert repeats[0]["loss"] != repeats[1]["loss"]
         assert "network of the features: epochs 2, not 60" in result["deviations"]
-    assert "too few clips" in refused(place, "tools/coresets.py", 6)
-    assert "Walk.csv: too few clips" in refused(place, "05", "--train-on", "random", "--limit", 1)
+    assert "too few clips" in place.refused("tools/coresets.py", 6)
+    assert "Walk.csv: too few clips" in place.refused("05", "--train-on", "random", "--limit", 1)
 
 
 # --- soft labels ------------------------------------------------------------------------------------------
@@ -384,8 +370,8 @@ def test_soft_label_loss_is_eq_11_in_loops(alpha, tau):
 def test_soft_labels_of_a_distilled_set(place, videomae, tmp_path):
     soft = ("--labels", "soft", "--dtype", "float32")
     teacher = shutil.copytree(videomae, tmp_path / "teacher")
-    assert "tools/soft_labels.py demo 2" in refused(place, "05", *soft)
-    run(place, LABELS, 2, "--teacher", teacher)
+    assert "tools/soft_labels.py demo 2" in place.refused("05", *soft)
+    place.must(LABELS, 2, "--teacher", teacher)
     folder, network = place.work / "demo/05_labels/ipc2/gvd", vm.load(teacher, CPU)
     for label in CLASSES:
         names, videos = names_in(folder / f"{label}.csv"), place.work / "demo/04_distilled/ipc2/gvd"
@@ -396,9 +382,9 @@ def test_soft_labels_of_a_distilled_set(place, videomae, tmp_path):
     assert names_in(folder / "classes.csv") == ["Walk", "Wave"]
 
     # Without weight the teacher changes nothing, with it it does; the result says what deviates.
-    run(place, "05", *soft[2:], "--name", "hard")
-    run(place, "05", *soft, "--name", "none", "--alpha", 0)
-    run(place, "05", *soft, "--name", "all", "--alpha", 1, "--tau", 1)
+    place.must("05", *soft[2:], "--name", "hard")
+    place.must("05", *soft, "--name", "none", "--alpha", 0)
+    place.must("05", *soft, "--name", "all", "--alpha", 1, "--tau", 1)
     none, all_soft = (outcome(place, name, "minic3d__soft__demo") for name in ("none", "all"))
     hard, _ = outcome(place, "hard")
     assert none[0] == hard and "alpha 0.0, not 0.5" in none[1]["deviations"]
@@ -407,19 +393,19 @@ def test_soft_labels_of_a_distilled_set(place, videomae, tmp_path):
 
     # The teacher is not needed again, unless the videos are others.
     shutil.rmtree(teacher)
-    assert "fresh" in run(place, LABELS, 2, "--teacher", teacher)
-    run(place, "04", "--seed", 1)
-    text = refused(place, "05", *soft)
+    assert "fresh" in place.must(LABELS, 2, "--teacher", teacher)
+    place.must("04", "--seed", 1)
+    text = place.refused("05", *soft)
     assert "has the logits of other videos" in text and "tools/soft_labels.py demo 2" in text
-    assert f"{teacher} is missing" in refused(place, LABELS, 2, "--teacher", teacher)
+    assert f"{teacher} is missing" in place.refused(LABELS, 2, "--teacher", teacher)
     assert (folder / "Walk.npy").exists()
 
 
 def test_soft_labels_of_real_clips_follow_the_repeat(place, videomae, monkeypatch):
-    run(place, LABELS, 2, "--teacher", videomae, "--train-on", "random")
+    place.must(LABELS, 2, "--teacher", videomae, "--train-on", "random")
     seen, train = [], stage.train
     monkeypatch.setattr(stage, "train", lambda *args: seen.append(args[:3]) or train(*args))
-    run(place, "05", "--labels", "soft", "--train-on", "random")
+    place.must("05", "--labels", "soft", "--train-on", "random")
     repeats, _ = outcome(place, "random", "minic3d__soft__demo")
     assert repeats[0]["clips"] != repeats[1]["clips"]
     for clips, labels, teacher in seen:
@@ -563,20 +549,20 @@ def test_classifier_is_the_minimum_of_the_regression(num_classes):
 def test_fitted_videomae(place, videomae, monkeypatch):
     """The classifier alone changes; with --whole all weights do, also when the training is interrupted."""
     words, networks = ("tools/train_teacher.py", "--backbone", videomae), place.work / "demo/05_networks"
-    text = run(place, *words)
+    text = place.must(*words)
     assert "% of 10 training clips correct" in text and "% of 4 test clips correct" in text
-    assert "fresh" in run(place, *words)
+    assert "fresh" in place.must(*words)
     (before, _), (network, _) = vm.load(videomae, CPU), vm.load(networks / "videomae", CPU)
     assert network.config.id2label == {0: "Walk", 1: "Wave"} and network.classifier.weight.shape == (2, 16)
     pairs = zip(before.videomae.parameters(), network.videomae.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     whole = (*words, "--whole", "--epochs", 3, "--name")
-    run(place, *whole, "whole")
+    place.must(*whole, "whole")
     go_on = stop_at(monkeypatch, "teacher", 2)
     with pytest.raises(KeyboardInterrupt):
         place.run(*whole, "stopped")
     go_on()
     assert (networks / "stopped/.checkpoint.pt").exists() and not (networks / "stopped/config.json").exists()
-    run(place, *whole, "stopped")
+    place.must(*whole, "stopped")
     weights = [(networks / n / "model.safetensors").read_bytes() for n in ("whole", "stopped", "videomae")]
     assert weights[0] == weights[1] != weights[2] and not (networks / "stopped/.checkpoint.pt").exists()

@@ -1,6 +1,6 @@
 """The table of claims: each figure that the paper states, ours, and whether it is shown.
 
-tools/paper_tables.py writes it, as claims.md and claims.csv. A difference is shown if it exceeds two combined
+tools/paper_tables.py writes it, in Markdown and as CSV. A difference is shown if it exceeds two combined
 standard errors in the paper's direction: of n networks, or of a share of n videos. A single network, and the
 metrics of a single set, are only "higher" or "not higher". A figure of one data set is judged on that data
 set alone. What is not shown stays in the table.
@@ -134,7 +134,8 @@ def count_claims(at, cells, paper):
     if len(values) > 1:
         verdict = "shown" if max(values) <= 1.05 * min(values) else "not shown"
     else:
-        verdict = f"not run: {next(cell['note'] for cell in memory if 'value' not in cell)}"
+        missing = [cell["note"] for cell in memory if "value" not in cell] or ["at one IPC alone"]
+        verdict = f"not run: {missing[0]}"
     ours = " / ".join(f"{v:.2f}" for v in values) or "-"
     yield "the same peak memory at every IPC (to 5 %), GB", paper("GPU memory, GB"), ours, verdict
 
@@ -146,6 +147,6 @@ def write(folder, at, cells):
     rows += count_claims(at, cells, paper)
     text = tables.table(titles, rows)
     text += "\nOurs: difference ± its standard error; shown: above two of them, in the paper's direction.\n"
-    contract.save(folder / "claims.md", text.encode())
-    contract.save(folder / "claims.csv", [titles, *rows])
+    for suffix, content in ((".md", text.encode()), (".csv", [titles, *rows])):
+        contract.save(folder / f"claims{suffix}", content)
     contract.say(text)

@@ -163,12 +163,6 @@ def read_set(args, folder, ending=".mp4"):
     return clips, contract.digest(files), media.set_bytes(folder, files)
 
 
-def select_random(count, ipc, seed, repeat, label):
-    """Rows of the training clips, of `count`, that repeat `repeat` of stage 05's `random` trains on."""
-    generator = contract.generator(seed, "05", "random", repeat, label)
-    return sorted(torch.randperm(count, generator=generator)[:ipc].tolist())
-
-
 # --- score ------------------------------------------------------------------------------------------------
 
 
@@ -297,10 +291,11 @@ def main(args):
         save_features(args, name + "-samples" * before, features)
     chosen, values = [], []  # of random real clips
     for repeat in range(SELECTIONS):
-        rows = {c: select_random(len(real[c][0]), args.ipc, args.seed, repeat, c) for c in real}
+        names = media.select_random(real, args.ipc, args.seed, repeat)
+        rows = {c: [real[c][0].index(name) for name in names[c]] for c in real}
         found = {c: tuple(part[rows[c]] for part in outputs[c]) for c in rows}
         values.append(measure(points, limits, found, columns))
-        chosen.append({c: [real[c][0][row] for row in rows[c]] for c in rows})
+        chosen.append(names)
     measured.append(row_of("random real clips", "random", num_videos, num_videos * size, values))
     clips, frames = args.work_dir / args.dataset / "01_clips", {"train": [], "test": []}
     for split, label in itertools.product(frames, args.classes):
