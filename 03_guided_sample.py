@@ -19,7 +19,7 @@ Run:     python 03_guided_sample.py hmdb51 20
          python 03_guided_sample.py demo 5 --prompt-file none --name no-text   # guided by the prototype alone
          python 03_guided_sample.py demo 5 --scheduler dpmpp --steps 20 --name dpmpp
          torchrun --nproc-per-node 8 03_guided_sample.py hmdb51 20   # the processes share the batches
-Cost:    demo IPC 5: 160 videos, 3 min on two CPU cores. hmdb51 IPC 20, by estimate: 4,080, 8 h on an A100
+Cost:    demo IPC 5: 160 videos, 3 min on two CPU cores. hmdb51 IPC 20: 4,080, 4 h on an H200
 Expect:  videos of the class that look like its prototypes
 Differs: the minus sign of eq. 9, sigma_t = sqrt(1 - abar_t), 50 steps instead of 2000, and "stop at step
          1000" read as the noisier half: the schedule has 1000 timesteps (docs/paper_notes.md)
@@ -53,10 +53,10 @@ FINE_TUNED = {"hmdb51": 2500, "miniucf": 2500}  # sets whose U-Net is fine-tuned
 BATCH = 8  # videos per batch, of one class and draw; another cut can change the last bits
 SHORT = common.NUM_FRAMES  # tokens up to which the CPU's fused attention is slower than plain products
 ATTENTION_LIMIT = 65535  # sequences per attention kernel on a GPU
-GPU_BYTES = 5e9, 2.5e9  # weights, and a forward per video of 448x256; both by estimate
+GPU_BYTES = 6.2e9, 0.9e9  # weights, and a forward per video of 448x256 (results/bench)
 FPS = 8  # of the .mp4, as the model was trained
 SECONDS = {"demo": 1.1}  # per video, on two CPU cores; any other data set on an A100, by estimate:
-SECONDS_FULL = 7.0
+SECONDS_FULL = 9.0  # with the share of the peak that an H200 reaches (results/bench)
 
 
 def parse_args():

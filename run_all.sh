@@ -3,7 +3,7 @@
 #
 #   bash run_all.sh [DATASET [IPC | all]] [options]   a data set or folder (docs/data.md), videos per class (5)
 #   bash run_all.sh                        demo 5 --quick: 8 minutes on two CPU cores, no GPU, no data needed
-#   bash run_all.sh hmdb51 20              HMDB51, 20 videos per class: 19 hours on one A100, by estimate
+#   bash run_all.sh hmdb51 20              HMDB51, 20 videos per class: 21 hours on one A100, by estimate
 #   bash run_all.sh demo all               IPC 1, 5, 10 (20), every table and figure, a gallery: tools/all.sh
 #   bash run_all.sh --03 '--guidance 0.3'  another option for one stage; what it does not touch stays as it is
 #   --quick               only the rows GVD and random, with hard labels

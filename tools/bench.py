@@ -2,7 +2,7 @@
 
 The networks have the published configuration and random weights, made in memory; `demo` takes the demo's own
 model. A part has its share of the minutes; it is stopped when that is over, and says so. On a GPU every
-figure has its peak memory beside it.
+figure has the peak memory of its part up to there beside it.
 
 03             a step and a video of diffusers' TextToVideoSDPipeline, called as its documentation shows, and
                of stage 03 as at IPC 1 and 20; the peak is that of a large matrix product
@@ -339,6 +339,8 @@ def main(args):
         limit, record = max(1.0, share * (end - time.monotonic())), {}
         figures[part], args.end, gpu = record, time.monotonic() + limit, args.device.type == "cuda"
         signal.setitimer(signal.ITIMER_REAL, limit)
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
         try:
             with tempfile.TemporaryDirectory() as folder:
                 for name, value in measure(args, Path(folder)):
@@ -347,7 +349,6 @@ def main(args):
                     if gpu:
                         memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
                         record[f"{name}: peak memory"] = memory
-                        torch.cuda.reset_peak_memory_stats()
                     contract.say(f"{part:13}  {name:55}  {record[name]}  {memory}")
                     contract.save(path, results)
         except Late:

@@ -126,8 +126,8 @@ def add_adapters(unet, rank, seed):
     network = peft.get_peft_model(unet, peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS))
     for name, p in network.named_parameters():
         if "lora_A" in name:
-            generator = contract.generator(seed, "finetune", name)
-            torch.nn.init.kaiming_uniform_(p, math.sqrt(5), generator=generator)
+            generator, a = contract.generator(seed, "finetune", name), torch.empty(p.shape)  # on the CPU
+            p.data.copy_(torch.nn.init.kaiming_uniform_(a, math.sqrt(5), generator=generator))
     return network
 
 
