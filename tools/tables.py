@@ -10,7 +10,7 @@ Reads:   work/<data set>/05_results/{ipc<K>,full}/<set>/<net>__<labels>__<protoc
          tools/paper_results.csv, printed, computed from the paper's text, or recalled
 Writes:  work/<data set>/tables/results.csv, of which tools/paper_tables.py makes the paper's tables
          with an IPC instead: ipc<K>.md, ipc<K>.csv
-         --results: FOLDER/<data set>_ipc<K>/{<set>.json,table.md}, FOLDER/metrics_<data set>_ipc<K>.json;
+         --results: FOLDER/<data set>_ipc<K>/{<set>.json,<set>_loss.csv,table.md}, FOLDER/metrics_*.json;
          without an IPC of every IPC, and all of work/<data set>/tables in FOLDER/<data set>_tables/
 Run:     python tools/tables.py demo
          python tools/tables.py demo 5 --results
@@ -254,6 +254,8 @@ def collect(args, ipc, results):
     if kept:
         contract.save(folder / "table.md", markdown(args.dataset, ipc, kept).encode())
     copies = {f"{args.dataset}/metrics_ipc{ipc}.json": f"metrics_{args.dataset}_ipc{ipc}.json"}
+    curves = (args.work_dir / args.dataset / f"04_distilled/ipc{ipc}").glob("*/loss.csv")  # of the baselines
+    copies |= {p.relative_to(args.work_dir): f"{folder.name}/{p.parent.name}_loss.csv" for p in curves}
     if args.dataset == "demo":
         found = [path for name in MEASURED for path in (args.work_dir / "demo").glob(name)]
         found += (args.work_dir / "validation/demo").glob("*.csv")
