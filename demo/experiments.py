@@ -23,7 +23,7 @@ Writes:  the stages' folders below work/demo, and there measured.json, sets_ipc<
          settings.csv, take_over.csv, 03_samples/ipc<K>/take-over-<timestep>/
 Run:     python demo/experiments.py demo measure
          python demo/experiments.py demo compose-real 10
-Cost:    on two CPU cores, by estimate: measure 30 min, sets 80 at IPC 5, settings 40, compose-real 5,
+Cost:    on two CPU cores, by estimate: measure 30 min, sets 90 at IPC 5, settings 40, compose-real 5,
          take-over 20, finetune 10, and once 14 for the network of all real clips
 Expect:  demo/README.md has the figures that are measured with the shipped model
 """
@@ -290,23 +290,27 @@ def measure(args):
 
 def sets(args):
     run(args, "01_encode_latents.py")
-    results, group = {}, f"ipc{args.ipc}"
+    rows = [("set", "n", "top1_mean", "top1_std", "top1_values", "bytes")]
+
+    def add(name, folders):
+        """A row of the table, which is written with each: the whole takes more than an hour."""
+        results = [found(args, f"ipc{args.ipc}", folder, RESULT) for folder in folders]
+        values = [value for result in results for value in result["top1"]["values"]]
+        size = round(statistics.fmean(result["bytes"] for result in results))
+        rows.append([name, len(values), *summary(values), size])
+        report(args, f"sets_ipc{args.ipc}.csv", rows)
+
+    run(args, "05_train_eval.py", args.ipc, "--train-on", "random", "--repeats", RANDOM)
+    add("random", ["random"])
     for sampler, (cluster, number) in SAMPLERS.items():
         run(args, "02_kmeans_prototypes.py", args.ipc, "--cluster", cluster)
-        for seed in range(number):
-            name, ours = f"{sampler}-seed{seed}", ("--seed", seed)
+        names = [f"{sampler}-seed{seed}" for seed in range(number)]
+        for seed, name in enumerate(names):
+            ours = "--seed", seed
             run(args, "03_guided_sample.py", args.ipc, "--sampler", sampler, "--name", name, *ours)
             run(args, "04_mvic_compose.py", args.ipc, "--samples", name, "--name", name, *ours)
             run(args, "05_train_eval.py", args.ipc, "--train-on", name, "--repeats", 1, *ours)
-            results.setdefault(sampler, []).append(found(args, group, name, RESULT))
-    run(args, "05_train_eval.py", args.ipc, "--train-on", "random", "--repeats", RANDOM)
-    results["random"] = [found(args, group, "random", RESULT)]
-    rows = [("set", "n", "top1_mean", "top1_std", "top1_values", "bytes")]
-    for name, of_name in results.items():
-        values = [value for result in of_name for value in result["top1"]["values"]]
-        size = round(statistics.fmean(result["bytes"] for result in of_name))
-        rows.append([name, len(values), *summary(values), size])
-    report(args, f"sets_ipc{args.ipc}.csv", rows)
+        add(sampler, names)
 
 
 def validation(args):
