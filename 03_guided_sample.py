@@ -56,7 +56,7 @@ ATTENTION_LIMIT = 65535  # sequences per attention kernel on a GPU
 GPU_BYTES = 6.2e9, 0.9e9  # weights, and a forward per video of 448x256 (results/bench)
 FPS = 8  # of the .mp4, as the model was trained
 SECONDS = {"demo": 1.1}  # per video, on two CPU cores; any other data set on an A100, by estimate:
-SECONDS_FULL = 9.0  # with the share of the peak that an H200 reaches (results/bench)
+SECONDS_FULL = 9.0  # 2.5 times what an H200 takes (results/bench)
 
 
 def parse_args():

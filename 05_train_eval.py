@@ -74,7 +74,7 @@ def parse_args():
     add("--protocol", choices=sorted(PROTOCOLS), help="see PROTOCOLS (gvd; demo: demo)")
     options = {"nargs": "+", "action": "extend", "type": setting, "default": [], "metavar": "KEY=VALUE"}
     add("--set", help=f"changes of the protocol, which mark the result: {', '.join(SETTINGS)}", **options)
-    add("--repeats", type=int, help=f"networks: on a set, on all clips ({REPEATS_FULL}; {REPEATS})")
+    add("--repeats", type=int, help=f"networks on a set, all clips ({REPEATS_FULL}, demo {REPEATS['demo']})")
     add("--dtype", choices=("float32", "bfloat16"), help="of convolutions (bfloat16 where the device has it)")
     add("--save", action="store_true", help="with --train-on full: keep repeat 0's network and features")
     args = contract.parse(parser)

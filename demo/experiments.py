@@ -294,6 +294,8 @@ def sets(args):
 
     def add(name, folders):
         """A row of the table, which is written with each: the whole takes more than an hour."""
+        if args.dry_run:
+            return
         results = [found(args, f"ipc{args.ipc}", folder, RESULT) for folder in folders]
         values = [value for result in results for value in result["top1"]["values"]]
         size = round(statistics.fmean(result["bytes"] for result in results))

@@ -203,9 +203,11 @@ def test_table_and_collected_results(place, tmp_path):
     assert rows["herding", "hard"]["note"] == rows["gvd", "soft"]["note"] == "not run" and len(rows) == 7
 
     seal(folder, complete=True, deviations=[])
+    (place.work / "demo/04_distilled/ipc2/gvd/loss.csv").write_text("step,loss\n1,0.5\n")  # as a baseline's
     place.must(*words)
     copy = target / "demo_ipc2/gvd.json"
-    assert [path.name for path in sorted(copy.parent.iterdir())] == ["gvd.json", "table.md"]
+    assert [p.name for p in sorted(copy.parent.iterdir())] == ["gvd.json", "gvd_loss.csv", "table.md"]
+    assert contract.read(copy.with_name("gvd_loss.csv")) == [{"step": "1", "loss": "0.5"}]
     assert copy.read_bytes() == (folder / "result.json").read_bytes()
     assert (copy.parent / "table.md").read_text() == tables.markdown("demo", 2, [contract.read(copy)])
 

@@ -250,12 +250,13 @@ def collect(args, ipc, results):
         else:
             contract.save(folder / f"{file_name(result)}.json", path.read_bytes())
             contract.say(folder / f"{file_name(result)}.json")
+            curve = args.work_dir / args.dataset / f"04_distilled/ipc{ipc}" / result["set"] / "loss.csv"
+            if curve.exists():  # of a baseline
+                contract.save(folder / f"{result['set']}_loss.csv", curve.read_bytes())
     kept = [result for path in folder.glob("*.json") if "top1" in (result := contract.read(path))]
     if kept:
         contract.save(folder / "table.md", markdown(args.dataset, ipc, kept).encode())
     copies = {f"{args.dataset}/metrics_ipc{ipc}.json": f"metrics_{args.dataset}_ipc{ipc}.json"}
-    curves = (args.work_dir / args.dataset / f"04_distilled/ipc{ipc}").glob("*/loss.csv")  # of the baselines
-    copies |= {p.relative_to(args.work_dir): f"{folder.name}/{p.parent.name}_loss.csv" for p in curves}
     if args.dataset == "demo":
         found = [path for name in MEASURED for path in (args.work_dir / "demo").glob(name)]
         found += (args.work_dir / "validation/demo").glob("*.csv")
