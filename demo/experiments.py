@@ -3,9 +3,10 @@
   measure       is the world hard enough, is the model good enough, does it copy? Accuracy of a network of all
                 real clips, and on the order pair with frames in order, shuffled, or one frame 16 times; PSNR
                 of the VAE; generated videos that the network recognises; errors of the U-Net by timestep and
-                caption; distances to the training clips
+                caption; classes told by mean colours alone; distances to the training clips
   sets          accuracy by sampler over sets: noise, composition and network each of a seed of its own, as
-                every network on random real clips has clips of its own
+                every network on random real clips has clips of its own; tuned: GVD by a U-Net fine-tuned on
+                the training clips (eq. 3), as for hmdb51
   settings      accuracy by settings of 03 and 04 (SETTINGS) on a validation split of the training groups; the
                 demo's defaults are chosen here, never on its test clips
   compose-real  accuracy on real clips, composed by 04 like generated videos: what composition costs without a
@@ -18,12 +19,13 @@
                 tuned, tells "kick" from "punch" by a hundredth of an embedding's norm, captions by a third
 
 Reads:   the demo's videos (demo/draw_videos.py), the model (demo/models/t2v)
-Writes:  the stages' folders below work/demo, and there measured.json, sets_ipc<K>.csv, finetune.json,
-         03_samples/ipc<K>/real/; work/orders/{shuffled,one}/demo/01_clips/; below work/validation/demo
-         settings.csv, take_over.csv, 03_samples/ipc<K>/take-over-<timestep>/
+Writes:  the stages' folders below work/demo, and there measured.json, finetune.json,
+         03_samples/ipc<K>/real/; work/orders/{shuffled,one}/demo/01_clips/; below work/sets/demo
+         sets_ipc<K>.csv; below work/validation/demo settings.csv, take_over.csv,
+         03_samples/ipc<K>/take-over-<timestep>/
 Run:     python demo/experiments.py demo measure
          python demo/experiments.py demo compose-real 10
-Cost:    on two CPU cores, by estimate: measure 30 min, sets 90 at IPC 5, settings 40, compose-real 5,
+Cost:    on two CPU cores, by estimate: measure 30 min, sets 110 at IPC 5, settings 40, compose-real 5,
          take-over 20, finetune 10, and once 14 for the network of all real clips
 Expect:  demo/README.md has the figures that are measured with the shipped model
 """
@@ -42,6 +44,8 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from diffusers import DDIMScheduler  # noqa: E402
 from draw_videos import CLASSES, draw_corpus  # noqa: E402
+from sklearn.ensemble import RandomForestClassifier  # noqa: E402
+from sklearn.model_selection import StratifiedKFold, cross_val_score  # noqa: E402
 
 import common  # noqa: E402
 import media  # noqa: E402
@@ -49,7 +53,12 @@ import media  # noqa: E402
 PAIR = ("SitDown", "StandUp")  # the same poses in opposite order
 PAIR_EPOCHS = 30  # enough for the network that sees the frames in order
 QUANTILES = {"least": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95}
-SAMPLERS = {"gvd": ("direct", 10), "naive": ("direct", 5), "knoise": ("dummy-video", 5)}  # --cluster; sets
+SETS = {  # --sampler, --cluster, sets
+    "gvd": ("gvd", "direct", 10),
+    "naive": ("naive", "direct", 5),
+    "knoise": ("knoise", "dummy-video", 5),
+    "tuned": ("gvd", "direct", 5),
+}
 RESULT = "minic3d__hard__demo/result.json"  # of a set, in 05_results
 RANDOM = 10  # sets: networks, each on random clips of its own
 DRAWS = 2  # finetune: videos per prototype, 80 in all at IPC 5
@@ -205,6 +214,29 @@ def autoencoder_psnr(args):
     return {"clips": len(values), "mean": round(float(np.mean(values)), 2), "least": round(min(values), 2)}
 
 
+def generated(args, name):
+    """A set of 03 as the networks see it, uint8 [n, 16, S, S, 3], and its n classes."""
+    folder = args.work_dir / "demo" / f"03_samples/ipc{args.ipc}" / name
+    videos = sorted(path.relative_to(folder) for path in folder.glob("*/*.mp4"))
+    return media.network_clips(folder, (videos, None), args.spec), [path.parent.name for path in videos]
+
+
+def told_by_colours(args, sets):
+    """{set: % of classes that a random forest tells from mean colours}, in five folds; by chance 12.5.
+
+    As many freshly drawn clips stand beside, each with a look of its own.
+    """
+    values = {name: generated(args, name) for name in sets}
+    count = max(len(labels) for _, labels in values.values())
+    values["drawn clips"] = draw_corpus(count, CORPUS_SEED)[0], (CLASSES * count)[:count]
+    folds, found = StratifiedKFold(5, shuffle=True, random_state=0), {}
+    for name, (clips, labels) in values.items():
+        forest = RandomForestClassifier(500, random_state=0)
+        rates = cross_val_score(forest, clips.mean((1, 2, 3)), labels, cv=folds)
+        found[name] = round(100 * rates.mean(), 2)
+    return found
+
+
 def nearest(videos, training):
     """Quantiles of the videos' distances to their nearest training clips: rms difference in grey levels.
 
@@ -226,9 +258,7 @@ def distances(args, sets):
     training = torch.from_numpy(np.concatenate([train, train[:, :, :, ::-1]])).flatten(1).float()
     values = {"test clips": nearest(test, training)}
     for name in sets:
-        folder = args.work_dir / "demo" / f"03_samples/ipc{args.ipc}" / name
-        videos = [path.relative_to(folder) for path in folder.glob("*/*.mp4")]
-        values[f"{name} samples"] = nearest(media.network_clips(folder, (videos, None), args.spec), training)
+        values[f"{name} samples"] = nearest(generated(args, name)[0], training)
     return values
 
 
@@ -283,12 +313,14 @@ def measure(args):
         "autoencoder on test clips, dB": autoencoder_psnr(args),
         "samples recognised, %": rates,
         "error of predicted clips, of their variance, by timestep and caption": prediction_errors(args),
+        "classes told by mean colours, %": told_by_colours(args, rates),
         "distance to the nearest training clip, grey levels": distances(args, rates),
     }
     report(args, "measured.json", measured)
 
 
 def sets(args):
+    args = argparse.Namespace(**{**vars(args), "work_dir": args.work_dir / "sets"})
     run(args, "01_encode_latents.py")
     rows = [("set", "n", "top1_mean", "top1_std", "top1_values", "bytes")]
 
@@ -304,15 +336,19 @@ def sets(args):
 
     run(args, "05_train_eval.py", args.ipc, "--train-on", "random", "--repeats", RANDOM)
     add("random", ["random"])
-    for sampler, (cluster, number) in SAMPLERS.items():
+    for row, (sampler, cluster, number) in SETS.items():
+        words = ["--sampler", sampler]
+        if row == "tuned":
+            run(args, "tools/finetune_unet.py")
+            words += ["--unet", args.work_dir / "demo/03_unet/default"]
         run(args, "02_kmeans_prototypes.py", args.ipc, "--cluster", cluster)
-        names = [f"{sampler}-seed{seed}" for seed in range(number)]
+        names = [f"{row}-seed{seed}" for seed in range(number)]
         for seed, name in enumerate(names):
             ours = "--seed", seed
-            run(args, "03_guided_sample.py", args.ipc, "--sampler", sampler, "--name", name, *ours)
+            run(args, "03_guided_sample.py", args.ipc, "--name", name, *words, *ours)
             run(args, "04_mvic_compose.py", args.ipc, "--samples", name, "--name", name, *ours)
             run(args, "05_train_eval.py", args.ipc, "--train-on", name, "--repeats", 1, *ours)
-        add(sampler, names)
+        add(row, names)
 
 
 def validation(args):

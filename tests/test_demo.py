@@ -243,7 +243,7 @@ def test_real_clips_are_composed_by_stage_04(latents, tmp_path, monkeypatch):
 
 REPORTS = {  # file, a part of its text
     "measure": ("demo/measured.json", '"order pair": 66.0'),
-    "sets": ("demo/sets_ipc5.csv", "\nknoise,5,50.00,0.00,50.00 50.00 50.00 50.00 50.00,7\n"),
+    "sets": ("sets/demo/sets_ipc5.csv", "\ntuned,5,50.00,0.00,50.00 50.00 50.00 50.00 50.00,7\n"),
     "settings": ("validation/demo/settings.csv", "\ncfg2,--cfg 2,52.00,2.00,50.00 52.00 54.00\n"),
     "take-over": ("validation/demo/take_over.csv", "\n600,52.00,2.00,50.00 52.00 54.00\n"),
     "finetune": ("demo/finetune.json", '"all classes": 81.0'),
@@ -255,7 +255,8 @@ def test_commands_and_report_of_an_experiment(latents, tmp_path, monkeypatch, na
     """Its stages only parse their command lines, and results are made up."""
     place, parsed = latents.copy(tmp_path / "work"), {}
     module, args = experiment(place, monkeypatch, name)
-    monkeypatch.setattr(module, "distances", lambda args, sets: {})
+    for measurement in ("distances", "told_by_colours"):
+        monkeypatch.setattr(module, measurement, lambda args, sets: {})
     monkeypatch.setattr(module, "prediction_errors", lambda args: {})
     monkeypatch.setattr(module, "write_take_over", lambda args, first: None)
 
@@ -289,8 +290,9 @@ def test_commands_and_report_of_an_experiment(latents, tmp_path, monkeypatch, na
         for script in ("03_guided_sample", "04_mvic_compose", "05_train_eval"):
             ours = [stage for stage in parsed[script] if getattr(stage, "train_on", "") != "random"]
             named = {getattr(stage, "train_on", stage.name): stage.seed for stage in ours}
-            assert len(named) == 20 and all(set_.endswith(f"-seed{seed}") for set_, seed in named.items())
+            assert len(named) == 25 and all(set_.endswith(f"-seed{seed}") for set_, seed in named.items())
         assert {stage.prototypes for stage in runs if stage.sampler == "knoise"} == {"dummy-video"}
+        assert {stage.name[:5] for stage in runs if stage.unet} == {"tuned"}
     if name == "finetune":
         before, after = map(vars, runs)
         assert {key for key in before if before[key] != after[key]} == {"name", "unet"}
