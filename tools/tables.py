@@ -37,7 +37,7 @@ NOTE = """
 Last epoch; mean ± sample standard deviation over n networks. Stored bytes: the .mp4 files of a generated set,
 the uint8 clips at network size of a real one. Top-1 of each network: """
 OF_PAPER = "Paper: as far as its text lets it be computed, the better one of its two GVD rows.\n"
-MEASURED = ("measured.json", "sets_ipc*.csv", "finetune.json")  # by demo/experiments.py
+MEASURED = ("demo/measured.json", "demo/finetune.json", "validation/demo/*.csv", "sets/demo/*.csv")
 DEFAULTS = {  # of each stage; what else a set was made with is listed
     "02_prototypes": {"cluster": "direct", "distance": "euclidean", "seed": 0},
     "03_samples": {
@@ -257,9 +257,8 @@ def collect(args, ipc, results):
     if kept:
         contract.save(folder / "table.md", markdown(args.dataset, ipc, kept).encode())
     copies = {f"{args.dataset}/metrics_ipc{ipc}.json": f"metrics_{args.dataset}_ipc{ipc}.json"}
-    if args.dataset == "demo":
-        found = [path for name in MEASURED for path in (args.work_dir / "demo").glob(name)]
-        found += (args.work_dir / "validation/demo").glob("*.csv")
+    if args.dataset == "demo":  # by demo/experiments.py
+        found = [path for name in MEASURED for path in args.work_dir.glob(name)]
         copies |= {path.relative_to(args.work_dir): f"demo_models/{path.name}" for path in found}
     for source, copy in copies.items():
         if (args.work_dir / source).exists():
