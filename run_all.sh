@@ -41,10 +41,10 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-[ ${#what[@]} -gt 0 ] || quick=1
-[ ${#what[@]} -lt 3 ] || fail "unexpected ${what[2]}"
+case ${#what[@]} in 0) quick=1 ;; 1|2) ;; *) fail "unexpected ${what[2]}" ;; esac
 dataset="${what[0]:-demo}" ipc="${what[1]:-5}"
-[ "$ipc$quick" != all1 ] || fail "--quick is for one IPC, not for all"
+one="--(sampler|guidance|stop|decay|strength|draws|name)" # of 03: all has these in sets of its own
+[[ ! "$ipc$quick${options[03]}" =~ ^all(1|.*$one) ]] || fail "--${BASH_REMATCH[2]:-quick}: for one IPC, not for all"
 [[ "$ipc" =~ ^(all|[1-9][0-9]*)$ ]] || fail "IPC must be all or a number of at least 1, not $ipc"
 [[ "$from,$to" =~ ^[1-5],[1-5]$ ]] || fail "--from and --to are 1 to 5"
 if [[ "${options[05]}" =~ dancing|sampling=drawn ]]; then options[01]+=" --windows" windows=--windows; fi
@@ -69,10 +69,10 @@ column() { # IPC: the rows of Table 1
   # The teacher is downloaded before the hours of stage 03.
   [[ "$dataset" =~ ^(demo|miniucf|ucf101)$ || "$quick${options[soft]}" =~ ^1|--teacher ]] || stage 5 tools/train_teacher.py
   [ "$quick" = 1 ] || stage 5 tools/soft_labels.py --train-on random $windows
-  stage 2 02_kmeans_prototypes.py "$1"
+  stage 2 02_kmeans_prototypes.py "$1" --name direct
   [[ ! "$dataset" =~ ^(hmdb51|miniucf)$ || "${options[03]}" = *--unet* ]] || stage 3 tools/finetune_unet.py
   stage 3 03_guided_sample.py "$1" "${more[@]}"
-  stage 4 04_mvic_compose.py "$1"
+  stage 4 04_mvic_compose.py "$1" --name gvd
   stage 5 05_train_eval.py "$1" --train-on gvd
   stage 5 05_train_eval.py "$1" --train-on random
   [ "$baselines" = 0 ] || baselines "$1"

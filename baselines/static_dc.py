@@ -119,7 +119,7 @@ def estimate(args):
 
 
 def main(args):
-    clips, files = media.real_clips(args, least=args.ipc)
+    clips, files = media.real_clips(args, least=args.ipc if args.settings["real_start"] else 1)
     output, s = parts.begin(args, {"training set": contract.digest(files)}), args.settings
     if not output.todo:
         return

@@ -90,6 +90,11 @@ def test_another_library_and_a_damaged_file(done, place):
     video.write_bytes(video.read_bytes()[:100])
     code, text = diff(done.work, place.work)
     assert code == 1 and text.startswith("first: demo/03_samples/ipc2/gvd: 1 damaged\n")
+    record = place.work / "demo/02_prototypes/ipc2/direct/manifest.json"
+    record.write_bytes(record.read_bytes()[:100])
+    code, text = diff(done.work, place.work)
+    assert code == 1 and text.startswith("first: demo/02_prototypes/ipc2/direct: 1 damaged\n")
+    assert f"damaged: {record}" in text
     assert f"damaged: {video}" in text and ".mp4 Walk: identical 7, differ 1, unreadable 1" in text
 
 
@@ -112,6 +117,13 @@ def test_accuracy_beyond_its_spread():
 
     assert change(52.9, 2, 2) == {"A": 50, "B": 52.9, "change": 2.9, "error": 1.4142, "beyond": True}
     assert change(52.8, 2, 2)["beyond"] is False and change(60, None, 2)["beyond"] is None
+
+
+def test_order_of_folders():
+    """As one is made of another."""
+    order = ["02_prototypes/ipc1/direct", "03_unet/default", "03_samples/ipc1/gvd", "04_distilled/ipc1/gvd"]
+    order += ["05_networks/minic3d__demo", "05_coresets/ipc1/herding", "05_results/ipc1/gvd", ""]
+    assert sorted(sorted(order), key=diff_runs.place) == order
 
 
 def test_classes_of_files():

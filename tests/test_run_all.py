@@ -28,10 +28,10 @@ D- demo/draw_videos.py --data-root data
 -- 01_encode_latents.py SET
 HA tools/train_teacher.py SET
 -A tools/soft_labels.py SET --train-on random
--- 02_kmeans_prototypes.py SET 20
+-- 02_kmeans_prototypes.py SET 20 --name direct
 U- tools/finetune_unet.py SET
 -- 03_guided_sample.py SET 20
--- 04_mvic_compose.py SET 20
+-- 04_mvic_compose.py SET 20 --name gvd
 -- 05_train_eval.py SET 20 --train-on gvd
 -- 05_train_eval.py SET 20 --train-on random
 -A tools/soft_labels.py SET 20 --train-on gvd
@@ -104,12 +104,27 @@ def test_options_reach_their_scripts(commands):
 
 def test_options_of_03_05_and_soft_labels(commands):
     given = "--repeats 2 --net cnn-gru --protocol dancing"
-    lines = commands("hmdb51", "--05", given, "--soft", "--teacher m", "--03", "--unet published")
+    options = ("--05", given, "--soft", "--teacher m", "--03", "--unet published")
+    lines = commands("hmdb51", *options)
     assert not any(re.search("finetune|train_teacher", line) for line in lines)
     assert lines[0].endswith(" --windows") and all(given in line for line in lines if line.startswith("05"))
     assert [line.endswith("--teacher m") for line in lines if "soft_labels" in line] == [True, True]
     ends = [line.partition(given)[2] for line in lines if "full" in line]
     assert ends == [" --net minic3d", ""]  # coresets are chosen by MiniC3D's features
+    measured = [line for line in commands("hmdb51", "all", *options) if "tools/metrics.py" in line]
+    assert len(measured) == 2 and all("--protocol dancing --teacher m" in line for line in measured)
+
+
+def test_all_of_own_videos_goes_as_far_as_they_do(commands, tmp_path):
+    for label, clips in (("A", 30), ("B", 15)):
+        (tmp_path / "D/mine/train" / label).mkdir(parents=True)
+        for i in range(clips):
+            (tmp_path / f"D/mine/train/{label}/{i}.mp4").touch()
+    for held, last in (("train", 10), ("test", 10), ("train/B/0.mp4", 10)):
+        (tmp_path / "D/mine" / held).mkdir(exist_ok=True) if "." not in held else None
+        lines = commands("mine", "all", "--data-root", tmp_path / "D")
+        ipcs = [int(line.split()[2]) for line in lines if line.startswith("03")]
+        assert max(ipcs) == last, held
 
 
 @pytest.mark.parametrize("dataset", ["demo", "hmdb51"])
@@ -219,6 +234,9 @@ def test_plan_adds_up(place, monkeypatch, capsys):
         "in all, 3 parts: 6.2 h (2.0 measured, 4.2 estimate), 1.4 GB",
     ]
     assert load("tools/plan.py").totals(lines) == sums
+    experts = "mtt 6 of 6 files of experts left, 1.000 h on a B, estimate, 0.100 GB"
+    (once, _) = load("tools/plan.py").totals([experts, experts])
+    assert once == "mtt, 1 parts: 1.0 h (0.0 measured, 1.0 estimate), 0.1 GB"
     monkeypatch.setattr(sys, "stdin", [shlex.join(place.words("02", "--no-such-option"))])
     with pytest.raises(SystemExit) as stop:
         load("tools/plan.py").main()
@@ -228,6 +246,7 @@ def test_plan_adds_up(place, monkeypatch, capsys):
 def test_misuse_and_failure(commands):
     for words in (
         ["demo", "all", "--quick"],
+        ["demo", "all", "--03", "--guidance 0.3"],
         ["demo", "0"],
         ["demo", "5", "6"],
         ["--from", "0"],

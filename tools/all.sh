@@ -3,13 +3,20 @@
 
 generated() { # IPC NAME OPTIONS OF 03: a set of videos, composed by default and trained on
   stage 3 03_guided_sample.py "$1" --name "$2" "${@:3}"
-  stage 4 04_mvic_compose.py "$1" --samples "$2"
+  stage 4 04_mvic_compose.py "$1" --samples "$2" --name "$2"
   stage 5 05_train_eval.py "$1" --train-on "$2" "${few[@]}"
 }
 
 ipcs=(1 5 10 20) few=() dancing="" measured=naive,knoise,gvd
 [ "$baselines" = 0 ] || dancing=mtt+d measured+=,mtt+d # of Tables 2 and 3, Fig. 7 d
 [ "$dataset" != demo ] || ipcs=(1 5 10)
+if [ -d "$data_root/$dataset/train" ]; then # one's own videos: as far as the smallest class goes
+  least=$(for c in "$data_root/$dataset"/train/*/; do find "$c" -type f ! -name '.*' | wc -l; done | sort -n | head -n 1)
+  [ -d "$data_root/$dataset/test" ] || least=$((least * 4 / 5)) # the rest is held back
+  for i in "${!ipcs[@]}"; do [ "${ipcs[i]}" -le "$least" ] || unset "ipcs[i]"; done
+fi
+options[metrics.py]="${options[coresets.py]:-}"
+[[ ! "${options[soft]}" =~ --teacher[=\ ]+[^\ ]+ ]] || options[metrics.py]+=" ${BASH_REMATCH[0]}"
 
 # Table 1; Fig. 7 a: samplers, b: decay, c: composition, soft labels; Fig. 8
 for k in "${ipcs[@]}"; do
@@ -20,7 +27,7 @@ for k in "${ipcs[@]}"; do
   stage 2 02_kmeans_prototypes.py "$k" --cluster dummy-video
   generated "$k" knoise --sampler knoise "${latents[@]}"
   generated "$k" gvd-no-decay --decay none
-  stage 4 04_mvic_compose.py "$k" --pattern 1x16
+  stage 4 04_mvic_compose.py "$k" --pattern 1x16 --name gvd-1x16
   stage 5 05_train_eval.py "$k" --train-on gvd-1x16
 done
 
@@ -37,11 +44,11 @@ for pattern in 8x2 3-3-3-3-2-2 2x8; do
   for frames in random continuous; do
     name="gvd-$pattern"
     [ "$frames" = random ] || name+=-continuous
-    stage 4 04_mvic_compose.py 5 --pattern "$pattern" --frames "$frames"
+    stage 4 04_mvic_compose.py 5 --pattern "$pattern" --frames "$frames" --name "$name"
     stage 5 05_train_eval.py 5 --train-on "$name" "${few[@]}"
   done
 done
-stage 4 04_mvic_compose.py 5 --frames continuous
+stage 4 04_mvic_compose.py 5 --frames continuous --name gvd-continuous
 stage 5 05_train_eval.py 5 --train-on gvd-continuous "${few[@]}"
 for cluster in real-video dummy-video herding gmm; do
   stage 2 02_kmeans_prototypes.py 5 --cluster "$cluster"

@@ -102,13 +102,18 @@ def draw_tsne(args):
     points = [contract.read(folder / f"{name}.npy") for name in there]
     owner = np.repeat(there, [len(p) for p in points])
     near = min(30, (len(owner) - 1) // 3)
+    made = contract.read(args.work_dir / args.dataset / f"metrics_ipc{args.ipc}.json")["inputs"]
+    place, older = args.work_dir / args.dataset / f"04_distilled/ipc{args.ipc}", {}
+    for name in there[1:]:
+        now = tables.set_hash(place / name, args.classes)
+        older[name] = ", of an older set" * (now not in (None, made.get(f"distilled {name}")))
     placed = TSNE(perplexity=near, init="pca", random_state=args.seed).fit_transform(np.concatenate(points))
     rows = [(name, f"{x:.4f}", f"{y:.4f}") for name, (x, y) in zip(owner, placed.tolist(), strict=True)]
     contract.save(folder.parents[1] / "tables/fig3.csv", [("set", "x", "y"), *rows])
     figure, axes = canvas(1, len(there) - 1, 4.5 * (len(there) - 1), 4.5)
     for i, (axis, name) in enumerate(zip(axes[0], there[1:], strict=True)):
         axis.scatter(*placed[owner == "real"].T, s=6, color="lightgrey", label="real")
-        axis.scatter(*placed[owner == name].T, s=18, color=f"C{i}", label=name)
+        axis.scatter(*placed[owner == name].T, s=18, color=f"C{i}", label=name + older[name])
         axis.set(xticks=[], yticks=[])
         axis.legend(loc="upper right")
     figure.suptitle(f"{args.dataset}, IPC {args.ipc}: t-SNE of VideoMAE features")

@@ -62,6 +62,7 @@ def parse_args():
     add = parser.add_argument
     add("--sets", metavar="A,B", help="names of stages 03 and 04, or folders of <class>/*.mp4 (all names)")
     add("--teacher", metavar="MODEL", help="VideoMAE, folder or hub name (the data set's own)")
+    add("--protocol", help="protocol of the scoring network (the data set's own)")
     add("--score", action="store_true", help="measure the videos that MiniC3D recognises instead, see above")
     return contract.parse(parser)
 
@@ -169,7 +170,7 @@ def read_set(args, folder, ending=".mp4"):
 def load_network(args):
     """(MiniC3D trained on all real clips, the classes of its outputs, how it is short of its protocol)."""
     fix = contract.command(args, "05_train_eval.py", "--train-on", "full", "--save")
-    folder = f"05_networks/minic3d__{'demo' if args.dataset == 'demo' else 'gvd'}"
+    folder = f"05_networks/minic3d__{args.protocol or ('demo' if args.dataset == 'demo' else 'gvd')}"
     source, name = contract.Input(args, folder, fix), "network.safetensors"
     source.check([name])
     with safe_open(source.folder / name, "pt") as file:

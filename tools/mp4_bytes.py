@@ -51,11 +51,14 @@ def main(args):
     for label, (names, array) in contract.bar(clips.items(), desc="real clips"):
         found["real"][label] = dict(zip(names, encoded(array[:, 0]), strict=True))
     for path in sorted(base.glob("04_distilled/ipc*/*/manifest.json")):
-        if ".old-" in path.parent.name or not contract.read(path)["complete"]:
+        record = contract.read(path)
+        there = {Path(name).parts[0].removesuffix(".npy") for name in record["outputs"]}
+        if ".old-" in path.parent.name or not (record["complete"] and {*args.classes} <= there):
             continue
-        videos, _, _ = media.find_videos(args, path.parent)
+        videos, files, _ = media.find_videos(args, path.parent)
         clips = (media.network_clips(path.parent, of_class, args.spec) for of_class in videos.values())
-        found["sets"]["/".join(path.parts[-3:-1])] = sum(sum(encoded(of_class)) for of_class in clips)
+        size = sum(sum(encoded(of_class)) for of_class in clips)
+        found["sets"]["/".join(path.parts[-3:-1])] = {"bytes": size, "made of": contract.digest(files)}
     contract.save(base / "mp4_bytes.json", found)
     contract.say(base / "mp4_bytes.json")
 

@@ -181,7 +181,8 @@ def combine(cell, base, rule):
     """The cell of a value by two others: not run where one of them is not."""
     if missing := [c for c in (cell, base) if "value" not in c]:
         return missing[0]
-    return {"value": rule(cell["value"], base["value"]), "note": cell.get("note", "")}
+    notes = dict.fromkeys(filter(None, (cell.get("note"), base.get("note"))))
+    return {"value": rule(cell["value"], base["value"]), "note": "; ".join(notes)}
 
 
 def percent(part, whole):
@@ -216,7 +217,8 @@ def table1(columns):
     yield "table1_relative", "relative to full, %", sets, columns, relative, note
     note = "16 frames per video, of all frames of the training clips."
     yield "table1_frames", "frames kept, %", ["each distilled set"], columns, kept, note
-    note = "The .mp4 files of a generated set, the uint8 clips at network size of a real one."
+    note = "The .mp4 files of a generated set, the uint8 clips at network size of a real one, the float32 "
+    note += "values of a learnt one."
     yield "table1_bytes", "stored bytes", rows, columns, Results.size, note
     note = "Each set, real or generated, as .mp4 at network size by the same encoder."
     yield "table1_mp4", "bytes by one measure", rows, columns, Results.mp4_size, note

@@ -35,8 +35,8 @@ LIST = ("ipc", *CSV[:10], "mp4_bytes", "note", "making")  # columns of results.c
 TITLES = ("network, protocol", "top-1 % (n)", "top-5 %", "videos", "stored bytes")
 NOTE = """
 Last epoch; mean ± sample standard deviation over n networks. Stored bytes: the .mp4 files of a generated set,
-the uint8 clips at network size of a real one. Top-1 of each network: """
-OF_PAPER = "Paper: as far as its text lets it be computed, the better one of its two GVD rows.\n"
+the uint8 clips at network size of a real one, the float32 values of a learnt one. Top-1 of each network: """
+OF_PAPER = "Paper: printed, or as it is marked; of its two GVD rows the better one.\n"
 MEASURED = ("demo/measured.json", "demo/finetune.json", "validation/demo/*.csv", "sets/demo/*.csv")
 DEFAULTS = {  # of each stage; what else a set was made with is listed
     "02_prototypes": {"cluster": "direct", "distance": "euclidean", "seed": 0},
@@ -44,6 +44,7 @@ DEFAULTS = {  # of each stage; what else a set was made with is listed
         "sampler": "gvd", "scheduler": "ddim", "steps": 50, "cfg": 9.0, "guidance": 0.1, "stop": 0.5,
         "guidance_form": "ddim", "decay": "linear", "strength": 0.7, "seed": 0},
     "04_distilled": {"pattern": "4x4", "frames": "random", "grouping": "random", "seed": 0}}  # fmt: skip
+FINE_TUNED = ("hmdb51", "miniucf")  # by default, before stage 03
 DEMO_DEFAULTS = {"steps": 25, "cfg": 2.0}  # of 03
 
 
@@ -149,18 +150,24 @@ def making(result, dataset, unet):
         usual = usual | (DEMO_DEFAULTS if (step, dataset) == ("03_samples", "demo") else {})
         used = {key: value for key, value in made.get(step, {}).items() if value is not None}
         found += [f"{key} {used[key]}" for key in usual if used.get(key, usual[key]) != usual[key]]
+        found += [f"--set {used.get('set')}"] * ("set" in used)  # of a baseline
         found += ["another U-Net"] * (unet is not None and used.get("unet", unet) != unet)
     return list(dict.fromkeys(found))
 
 
 def own_unet(args):
-    """The hash, as stage 03 records it, of the U-Net that it takes by default; None if that is not here."""
+    """The hash, as stage 03 records it, of the U-Net that it takes by default.
+
+    None if that is not known, "" of one that is to be fine-tuned and is not here.
+    """
     if args.dataset == "demo":
         folder = Path(args.model or common.DEMO_MODEL) / "unet"
         return common.folder_hash(folder) if folder.is_dir() else None
+    if args.dataset not in FINE_TUNED:
+        return None
     files = hashes(args.work_dir / args.dataset / "03_unet/default")
     names = {"config.json", "diffusion_pytorch_model.safetensors"}
-    return contract.digest({n: files[n] for n in names}) if names <= {*files} else None
+    return contract.digest({n: files[n] for n in names}) if names <= {*files} else ""
 
 
 def mp4_bytes(args, result):
@@ -169,13 +176,19 @@ def mp4_bytes(args, result):
     Of real clips: of those that each repeat took, their mean.
     """
     measured = contract.read(args.work_dir / args.dataset / "mp4_bytes.json")
-    if measured is None or result["set"] not in PLACE:
-        return measured and measured["sets"].get(f"ipc{result['ipc']}/{result['set']}")
-    real = measured["real"]
+    if measured is None:
+        return None
+    if result["set"] not in PLACE:
+        name = f"ipc{result['ipc']}/{result['set']}"
+        found = measured["sets"].get(name, {"made of": None})
+        now = set_hash(args.work_dir / args.dataset / "04_distilled" / name, args.classes)
+        return found["bytes"] if now and now == found["made of"] else None
+    sizes = {(c, name): size for c, of_class in measured["real"].items() for name, size in of_class.items()}
     if result["ipc"] is None:
-        return sum(size for of_class in real.values() for size in of_class.values())
+        return sum(sizes.values()) if {*measured["real"]} == {*args.classes} else None
     clips = [contract.read(file)["clips"] for file in sorted(result["path"].parent.glob("repeat_*.json"))]
-    return sum(real[c][name] for chosen in clips for c in chosen for name in chosen[c]) / len(clips)
+    taken = [sizes.get((c, name)) for chosen in clips for c in chosen for name in chosen[c]]
+    return None if None in taken else sum(taken) / len(clips)
 
 
 # --- rows -------------------------------------------------------------------------------------------------
@@ -209,9 +222,12 @@ def rows_of(results, paper):
 
 
 def paper_figures(dataset, ipc):
-    """{row of Table 1: its top-1 % in the paper}; of all real clips at any IPC."""
-    columns = (dataset, f"{dataset} ipc{ipc}")
-    return {row: cell["paper"] for (t, row, c), cell in paper_cells().items() if t == "1" and c in columns}
+    """{row of Table 1: its top-1 % in the paper, marked if not printed}; of all real clips at any IPC."""
+    columns, found = (dataset, f"{dataset} ipc{ipc}"), {}
+    for (number, row, column), cell in paper_cells().items():
+        if number == "1" and column in columns:
+            found[row] = cell["paper"] + f" ({cell['mark']})" * (cell["mark"] != "printed")
+    return found
 
 
 def accuracy(mean, std, n):
