@@ -47,7 +47,8 @@ def parse_args():
     add("--val", type=float, help="one's own data without test/: the share of test clips (as before; 0.2)")
     add("--hmdb-train", choices=("all", "official"), help="HMDB51's training clips: with the unused (all)")
     args = contract.parse(parser)
-    size = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", args.size or "{}x{}".format(*args.spec["size"]))
+    usual = media.DATASETS.get(args.dataset, args.spec)["size"]
+    size = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", args.size or "{}x{}".format(*usual))
     if not size or any(int(side) % 8 for side in size.groups()):
         parser.error("--size: must be WxH with sides that are multiples of 8, as 448x256")
     if args.hmdb_train and args.dataset != "hmdb51":
@@ -57,8 +58,9 @@ def parse_args():
         parser.error("--val is for one's own data set without a folder test, above 0 and below 1")
     args.val = None if split else args.val or args.spec["val"] or 0.2
     args.size = tuple(int(side) for side in size.groups())
-    if not args.spec["lists"]:  # as later stages find it
-        args.spec = args.spec | {"size": args.size, "val": args.val}
+    args.spec = args.spec | {"size": args.size}  # as later stages find it
+    if not args.spec["lists"]:
+        args.spec["val"] = args.val
     args.hmdb_train = args.hmdb_train or ("all" if args.dataset == "hmdb51" else None)
     args.parts = {"train": 1, "test": 1} | (WINDOWS if args.windows else {})  # windows of a clip per folder
     return args

@@ -271,8 +271,8 @@ def main(args):
         return [f"{label}/{k}_{draw}.{kind}" for k in ks for kind in kinds]
 
     wanted = [name for batch in batches for name in files(batch)]
-    folder = f"03_samples/ipc{args.ipc}/{args.name}"
-    output = contract.Output(args, folder, parameters, inputs, wanted, shared=True)
+    folder, check = f"03_samples/ipc{args.ipc}/{args.name}", lambda: common.load_tokenizer(model, prompts)
+    output = contract.Output(args, folder, parameters, inputs, wanted, shared=True, check=check)
     if not output.todo:
         return
 
@@ -292,7 +292,7 @@ def main(args):
     shape = (args.ipc, common.NUM_FRAMES, 4, *(side // factor for side in args.spec["size"][::-1]))
     unused = np.zeros(shape, np.float32)  # of naive's prototypes only the shape counts
     for draw, label, ks in contract.bar(output.mine(batches, files), desc="03 batches"):
-        prototypes = source.load(f"{label}.npy", (*shape[:3], None, None), "float32") if source else unused
+        prototypes = source.load(f"{label}.npy", shape, "float32") if source else unused
         prototypes = torch.from_numpy(prototypes[list(ks)]).transpose(1, 2)  # [n, 4, 16, h, w] for the U-Net
         text, names = (embeddings[prompts[label]], embeddings[""]), [(label, k, draw) for k in ks]
         latents = sample_batch(unet, scheduler, *text, prototypes, names, args, device)

@@ -91,6 +91,8 @@ def parse_args():
     implied = {"min_steps": 0} if "epochs" in given else {}
     implied |= {"min_batch_size": both, "max_batch_size": both} if both else {}
     args.protocol = {"name": name, **PROTOCOLS[name], **implied, **given}
+    if args.protocol["min_batch_size"] > args.protocol["max_batch_size"]:
+        parser.error("--set: min_batch_size is above max_batch_size")
     return args
 
 
@@ -358,7 +360,7 @@ def main(args):
     source = contract.Input(args, "01_clips", contract.command(args, "01_encode_latents.py", *drawn))
     (test_clips, test_files), (kind, folder) = media.real_clips(args, "test", bool(drawn)), find_set(args)
     used, about, chosen, logits, size = {"01_clips": source.record}, {}, None, None, None
-    name = args.name or folder.resolve().name
+    name = args.name or folder.resolve().name + "-samples" * ("03_samples" in folder.resolve().parts)
     if kind == "videos":
         if name in ("random", "full", "herding", "kcenter"):
             raise contract.ContractError(f"{name} is the name of a set of real clips", fix="another --name")

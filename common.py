@@ -177,8 +177,14 @@ def download(name, local):
 
 
 def folder_hash(folder):
-    """Content hash of a folder that has no record, such as a part of the model."""
+    """Content hash of a folder that has no record, such as a part of the model.
+
+    Of its weights, those that `load_part` reads: a hub's folder may have other kinds too.
+    """
     files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    kinds = [[path for path in files if path.match(kind)] for kind in WEIGHTS]
+    used = next(filter(None, kinds), [])
+    files = [path for path in files if path in used or not any(path in kind for kind in kinds)]
     return digest({path.relative_to(folder).as_posix(): sha256(path) for path in files})
 
 
@@ -259,11 +265,8 @@ def read_prompts(args):
     return {label: prompts[label] for label in args.classes}
 
 
-def embed(folder, prompts, device):
-    """{prompt: float32 [1, tokens, width]} of {class: prompt}, and of "", by the text encoder of a model.
-
-    Raises ContractError for a prompt that is too long, whose end the encoder would not see.
-    """
+def load_tokenizer(folder, prompts):
+    """A model's tokenizer; ContractError if one of {class: prompt} is so long that its end would be lost."""
     from transformers import CLIPTokenizer
 
     try:
@@ -276,11 +279,16 @@ def embed(folder, prompts, device):
             what, found = f"the prompt of {label} is too long", f"{len(ids)}; without the end it lacks "
             lost = tokenizer.decode(ids[limit - 1 : -1])
             raise ContractError(what, f"at most {limit} tokens", found + repr(lost), "a shorter prompt")
+    return tokenizer
+
+
+def embed(folder, prompts, device):
+    """{prompt: float32 [1, tokens, width]} of {class: prompt}, and of "", by the text encoder of a model."""
+    tokenizer = load_tokenizer(folder, prompts)
+    padded = {"padding": "max_length", "max_length": tokenizer.model_max_length, "return_tensors": "pt"}
     encoder, embeddings = load_part(folder / "text_encoder", "text_encoder", device, torch.float32), {}
     for prompt in sorted({"", *prompts.values()}):
-        ids = tokenizer(prompt, padding="max_length", max_length=limit, return_tensors="pt").input_ids.to(
-            device
-        )
+        ids = tokenizer(prompt, **padded).input_ids.to(device)
         with torch.inference_mode():
             embeddings[prompt] = encoder(ids).last_hidden_state
     return embeddings

@@ -105,8 +105,11 @@ def parse(parser):
         parser.error(f"--classes: {args.dataset} has no class {unknown[0]!r}")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device or "cpu"):
         parser.error(f"--device: {args.device!r} is not cpu, cuda or cuda:<number>")
-    if args.device not in (None, "cpu") and not torch.cuda.is_available():
+    gpus, number = torch.cuda.device_count(), int((args.device or "").partition(":")[2] or 0)
+    if args.device not in (None, "cpu") and number >= gpus:
         raise ContractError(f"--device {args.device}: there is no such device here", fix="--device cpu")
+    if args.device != "cpu" and 0 < gpus <= int(LAUNCHED.get("LOCAL_RANK", 0)):
+        raise ContractError("more processes than GPUs here", gpus, fix=f"--nproc-per-node {gpus}")
     torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
     return args
 
@@ -353,11 +356,12 @@ class Output:
 
     parameters: {name: value} that decide bytes; device, dtype may be None, automatic. inputs: {name: hash}.
     wanted: the files to make. derived: those written anew whenever others are. shared: torchrun may share it.
+    check: called before a stale folder is set aside, to refuse what could not be made instead of it.
     Afterwards `todo` is the set of files to make, empty when the folder is fresh and with --dry-run; `device`
     and `dtype` are those to use. A stale folder is renamed to <name>.old-<n>, never deleted.
     """
 
-    def __init__(self, args, folder, parameters, inputs, wanted, derived=(), shared=False):
+    def __init__(self, args, folder, parameters, inputs, wanted, derived=(), shared=False, check=None):
         self.args, self.folder, self.started = args, args.work_dir / args.dataset / folder, time.monotonic()
         self.cost, self.wanted, self.derived = args.estimate[Path(folder).parts[0]], wanted, derived
         if WORLD > 1 and not shared:
@@ -368,7 +372,7 @@ class Output:
         self.identity = json.loads(json.dumps(self.identity))  # tuples become lists
         self.todo = self.record = None
         if RANK == 0:
-            self.begin()
+            self.begin(check)
         if WORLD > 1:  # what the first process has decided
             self.todo, self.record = gather((self.todo, self.record))[0]
         kind = self.record["parameters"].get("device", "cpu")
@@ -377,7 +381,7 @@ class Output:
         if kind == "cuda" and WORLD > 1:  # a GPU for each process
             self.device = torch.device("cuda", int(LAUNCHED["LOCAL_RANK"]))
 
-    def begin(self):
+    def begin(self, check):
         """Decides what is to be made, by one process; with --dry-run it only says so."""
         args, dry, values, reasons = self.args, self.args.dry_run, self.identity["parameters"], []
         if not dry:
@@ -395,9 +399,10 @@ class Output:
             if not args.redo:
                 raise
             old, reasons = None, ["manifest.json is damaged"]
-        for name in ("device", "dtype"):
-            if name in values and values[name] is None:  # automatic: what was made elsewhere stays fresh
-                values[name] = old["parameters"][name] if old else automatic(name, args.device)
+        chosen = [name for name in ("device", "dtype") if name in values and values[name] is None]
+        for name in chosen:  # automatic: what was made elsewhere stays fresh
+            made = old["parameters"].get(name) if old else None
+            values[name] = made or automatic(name, args.device)
         if "device" in values:
             values["device"] = values["device"].split(":")[0]
         if old:
@@ -411,7 +416,9 @@ class Output:
         elif reasons:
             numbered = (self.folder.with_name(f"{self.folder.name}.old-{n}") for n in range(1, 10**6))
             aside, old, notes = next(path for path in numbered if not path.exists()), None, [f"stale: {text}"]
+            values |= {name: automatic(name, args.device) for name in chosen}
             if not dry:
+                check() if check else None
                 os.rename(self.folder, aside)
                 notes += [f"the old folder is kept as {aside.name}"]
 
@@ -428,7 +435,11 @@ class Output:
         self.record = {**(old or {}), **self.identity, "kept": kept}
         self.record["inputs"] = {**inputs, **self.identity["inputs"]}
         fresh = old and old["complete"] and not todo and outputs.keys() >= {*self.wanted}
-        if not fresh and values.get("device") == "cpu" and not args.device and args.dataset != "demo":
+        no_gpu = not torch.cuda.is_available()
+        if no_gpu and values.get("device") == "cuda" and not (fresh or dry):
+            fix = "--device cpu, which makes all of it again"
+            raise ContractError(f"{self.folder} was begun on a GPU", found="none here", fix=fix)
+        if not fresh and no_gpu and "device" in values and not args.device and args.dataset != "demo":
             notes += ["there is no GPU: on the CPU"]  # where a real data set takes days
         if fresh or dry:
             notes += [f"fresh: {self.folder}" if fresh else plan(self.cost, len(todo) / len(self.wanted))]

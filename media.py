@@ -33,6 +33,7 @@ X264 = {"crf": "12", "tune": "psnr", "flags": "+bitexact", "x264-params": "cpu-i
 # Of FFmpeg's, those that OpenCV converts: without a statement, and BT.709, FCC, BT.601 twice, 240M, BT.2020.
 COLOUR_SPACES = (2, 1, 4, 5, 6, 7, 9)
 
+MATROSKA = (b"\x1aE\xdf\xa3", b"\x18S\x80g")  # its header, and the element with everything else
 # --- the data sets
 
 
@@ -60,11 +61,15 @@ DATASETS = {
 def find_data_set(args):
     """The entry of args.dataset in DATASETS, or by any other name one's own: a class is a folder of train/.
 
-    Its frames have HMDB51's sizes, or the --size of the last run of stage 01, as its test split that --val.
+    Its frames have HMDB51's sizes. Of all, the generator's frame is the --size of the last run of stage 01,
+    as one's own test split is that --val.
     """
-    if args.dataset in DATASETS:
-        return DATASETS[args.dataset]
     root, made = args.data_root / args.dataset, args.work_dir / args.dataset / "01_latents"
+    record = read_record(made, f"rm {made / 'manifest.json'}")
+    made = record["parameters"] if record else {}
+    if args.dataset in DATASETS:
+        spec = DATASETS[args.dataset]
+        return spec | {"size": tuple(made.get("size", spec["size"]))}
     classes = sorted(path.name for path in root.glob("train/[!.]*") if path.is_dir())
     if not classes:
         expected = f"{', '.join(DATASETS)}, or one's own videos as {root}/train/<class>/*.mp4"
@@ -75,8 +80,6 @@ def find_data_set(args):
         raise ContractError(what, fix="rename it")
     clips = [sum(1 for _ in root.glob(f"{split}/[!.]*/[!.]*")) for split in ("train", "test")]
     spec = DATASETS["hmdb51"] | {"classes": classes, "videos": args.dataset, "lists": None, "clips": clips}
-    record = read_record(made, f"rm {made / 'manifest.json'}")
-    made = record["parameters"] if record else {}
     return spec | {"size": tuple(made.get("size", spec["size"])), "val": made.get("val")}
 
 
@@ -279,17 +282,24 @@ def av_frames(path, wanted):
 
 
 def is_whole(path):
-    """Whether nothing of an .avi or .mp4 file is cut off; some of these state frames that are never shown."""
+    """Whether nothing of an .avi, .mp4, .mkv or .webm file is cut off.
+
+    Some state frames that are never shown, or only how long they are, with their sound.
+    """
     import av
 
     size, end = path.stat().st_size, 0
     with open(path, "rb") as file:
-        while end < size:  # by the lengths of its parts: one RIFF, or several boxes
+        while end < size:  # by the lengths of its parts: one RIFF, several boxes, or Matroska's elements
             file.seek(end)
-            head = file.read(16)
+            head = file.read(16).ljust(16, b"\0")
             length = int.from_bytes(head[:4], "big")
             if head[:4] == b"RIFF":
                 length = 8 + int.from_bytes(head[4:8], "little")
+            elif head[:4] in MATROSKA:  # a length of n bytes, the first of which says n
+                n = 9 - head[4].bit_length()
+                length = int.from_bytes(head[4 : 4 + n], "big") % 2 ** (7 * n)
+                length = 0 if length == 2 ** (7 * n) - 1 else 4 + n + length  # all ones: to the end
             elif length == 1:
                 length = int.from_bytes(head[8:], "big")
             elif 1 < length < 8:  # no box

@@ -10,7 +10,7 @@
 #   --baselines           also DM, MTT, FRePo, Static-DC and Dancing's DM+D, MTT+D, FRePo+D (demo: by estimate 1.5 h)
 #   --from N, --to M      only stages N to M (1 to 5)
 #   --0N 'OPTIONS'        for stage N alone, for each of its calls (see python 0N_*.py --help)
-#   --finetune 'OPTIONS'  likewise for tools/finetune_unet.py (hmdb51, miniucf; not with --03 '--unet ...')
+#   --finetune 'OPTIONS'  likewise for tools/finetune_unet.py (hmdb51, miniucf), but --steps and --name: by hand
 #   --soft 'OPTIONS'      likewise for tools/soft_labels.py, as --soft '--teacher MODEL'
 #   --dry-run             print what is fresh, stale or left, hours and disk, and run nothing
 #   --setup-only, --help  install what is needed, or print this text, and stop
@@ -43,8 +43,8 @@ while [ $# -gt 0 ]; do
 done
 case ${#what[@]} in 0) quick=1 ;; 1|2) ;; *) fail "unexpected ${what[2]}" ;; esac
 dataset="${what[0]:-demo}" ipc="${what[1]:-5}"
-one="--(sampler|guidance|stop|decay|strength|draws|name)" # of 03: all has these in sets of its own
-[[ ! "$ipc$quick${options[03]}" =~ ^all(1|.*$one) ]] || fail "--${BASH_REMATCH[2]:-quick}: for one IPC, not for all"
+one="--(sampler|guidance|stop|decay|strength|draws|name|cluster|distance|pattern|frames)" # all has sets of its own
+[[ ! "$ipc$quick${options[*]}" =~ ^all(1|.*$one) ]] || fail "--${BASH_REMATCH[2]:-quick}: for one IPC, not for all"
 [[ "$ipc" =~ ^(all|[1-9][0-9]*)$ ]] || fail "IPC must be all or a number of at least 1, not $ipc"
 [[ "$from,$to" =~ ^[1-5],[1-5]$ ]] || fail "--from and --to are 1 to 5"
 if [[ "${options[05]}" =~ dancing|sampling=drawn ]]; then options[01]+=" --windows" windows=--windows; fi

@@ -188,7 +188,8 @@ def train_unet(latents, captions, work, out, device, steps):
 
     latents: float [n, 16, 4, 8, 8], scaled; captions: n texts.
     """
-    settings = dict(clips=len(latents), batch=UNET_BATCH, rate=UNET_RATE, snr=SNR_CLIP)
+    vae = contract.digest({path.name: contract.sha256(path) for path in sorted((out / "vae").iterdir())})
+    settings = dict(clips=len(latents), batch=UNET_BATCH, rate=UNET_RATE, snr=SNR_CLIP, vae=vae)
     torch.manual_seed(SEED)
     scheduler = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")

@@ -282,6 +282,32 @@ def test_automatic_device_and_dtype_take_the_recorded_ones(place, monkeypatch):
     assert re.search("03 stale: dtype b?float(16|32) -> float16", text), text
 
 
+def test_a_folder_of_another_machine(place):
+    """One that was begun on a GPU goes on on one; made anew it is made with what is here."""
+    folder = place.work / "demo/03_samples/ipc2/gvd"
+    record = contract.read(folder / "manifest.json")
+    for name, value in (("device", "cuda"), ("dtype", "float16")):
+        record["parameters"][name] = value
+    contract.save(folder / "manifest.json", record)
+    assert "03 fresh" in place.must("03")
+    message = place.refused("03", "--draws", 5)
+    assert "was begun on a GPU" in message and "--device cpu" in message
+    assert contract.read(folder / "manifest.json") == record
+    place.must("03", "--guidance", 0.3)
+    made = contract.read(folder / "manifest.json")["parameters"]
+    assert made["device"] == "cpu" and made["dtype"] == contract.automatic("dtype", "cpu")
+    del record["parameters"]["dtype"]  # of another kind of stage
+    contract.save(folder / "manifest.json", record)
+    assert "stale: device cuda -> cpu" in place.must("03", "--device", "cpu")
+
+
+def test_what_cannot_be_made_does_not_take_the_place_of_what_is(place, tmp_path):
+    contract.save(tmp_path / "p.json", {"Walk": "slowly " * 80, "Wave": "a wave"})
+    before = place.files()
+    assert "the prompt of Walk is too long" in place.refused("03", "--prompt-file", tmp_path / "p.json")
+    assert place.files() == before and "03 fresh" in place.must("03")
+
+
 # --- kills, Ctrl-C, full disks
 
 

@@ -249,6 +249,18 @@ def test_hmdb51_with_and_without_unused_clips(empty, tmp_path):
         assert np.load(place.work / "hmdb51/01_clips/windows/test/hug.npy").shape == (1, 3, 16, 112, 112, 3)
 
 
+def test_another_size_holds_for_the_later_stages(latents, tmp_path):
+    """Also for naive, which reads no prototypes; without --size it is the data set's own again."""
+    place = latents.copy(tmp_path / "work")
+    place.must("01", "--size", "48x32")
+    place.must("02")
+    for sampler in ("gvd", "naive"):
+        place.must("03", "--sampler", sampler, "--draws", 1)
+        video = media.read_video(place.work / f"demo/03_samples/ipc2/{sampler}/Walk/0_0.mp4")
+        assert video.shape == (16, 32, 48, 3)
+    assert "size [48, 32] -> [32, 32]" in place.must("01")
+
+
 @pytest.fixture
 def own(empty, tmp_path):
     """The demo's clips as one's own folder: `mine/{train,test}/<class>/*.avi`."""

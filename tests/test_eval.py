@@ -198,6 +198,7 @@ def test_changes_of_the_protocol_are_recorded_and_marked(place):
 
 
 WRONG = "flip=2 lr=nan lr epochs=0 epochs=1.5 min_steps=-1 sampling=random restart_momentum=1 speed=1".split()
+WRONG += ["min_batch_size=999"]  # above max_batch_size
 SAVE = "--train-on full --save"
 
 
@@ -258,6 +259,8 @@ def test_result_says_what_it_was_made_from(place):
     assert outcome(place, "bare")[0] == repeats
     assert outcome(place, "bare")[1]["training set"] == result["training set"]
     assert "name of a set of real clips" in place.refused("05", "--train-on", bare, "--name", "random")
+    place.must("05", "--train-on", place.work / "demo/03_samples/ipc2/strong", "--repeats", 1)
+    assert outcome(place, "strong-samples")[1]["videos"] == 16
     (bare / names[0]).write_bytes(b"no video")
     assert str(bare / names[0]) in place.refused("05", "--train-on", bare)
 

@@ -97,6 +97,27 @@ def test_frames_that_the_header_counts_but_nobody_sees(tmp_path):
     assert not media.is_whole(tmp_path / "cut.avi")  # though its only part is as long as the file
 
 
+@pytest.mark.parametrize("ending, codec, sound", [("mkv", "libx264", "aac"), ("webm", "libvpx", "libopus")])
+def test_sound_longer_than_the_picture(tmp_path, ending, codec, sound):
+    """Matroska states how long a file is, not its frames; one that is cut is refused all the same."""
+    path, cut = tmp_path / f"a.{ending}", tmp_path / f"cut.{ending}"
+    with av.open(str(path), "w") as container:
+        video, audio = container.add_stream(codec, rate=25), container.add_stream(sound, rate=48000)
+        video.width, video.height, video.pix_fmt = 96, 64, "yuv420p"
+        frames = [av.VideoFrame.from_ndarray(noise(i, 96, 64), format="rgb24") for i in range(50)]
+        for frame in (*frames, None):
+            container.mux(video.encode(frame))
+        for i in range(250):  # 5 s beside 2
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, 960), np.float32), format="fltp", layout="mono")
+            silence.rate, silence.pts = 48000, 960 * i
+            container.mux(audio.encode(silence))
+        container.mux(audio.encode(None))
+    assert media.check_colours(path) > 100 and media.read_frames(path, media.uniform_frames)[1] == 50
+    cut.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(media.BadVideo, match="frames can be decoded"):
+        media.read_video(cut)
+
+
 def test_a_codec_that_opencv_lacks(tmp_path):
     path = film(tmp_path / "av1.mp4", codec="libsvtav1")
     expected = np.stack([wall(i, 96, 64) for i in range(16)]).astype(float)

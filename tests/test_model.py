@@ -139,6 +139,19 @@ def test_what_is_downloaded(empty, tmp_path, monkeypatch, files, expected):
     assert not (cache / "README.md").exists() and (cache / "vae" / WEIGHTS).exists()
 
 
+def test_hash_of_the_weights_that_are_read(empty, tmp_path):
+    """A hub's folder gains other kinds when another program downloads them; nothing goes stale by that."""
+    folder, name = tmp_path / "vae", "diffusion_pytorch_model"
+    shutil.copytree(empty.model / "vae", folder)
+    (folder / f"{name}.safetensors").rename(folder / f"{name}.fp16.safetensors")
+    before = common.folder_hash(folder)
+    (folder / f"{name}.safetensors").write_bytes(b"in float32")
+    (folder / f"{name}.bin").write_bytes(b"as a pickle")
+    assert common.folder_hash(folder) == before
+    (folder / f"{name}.fp16.safetensors").write_bytes(b"others")
+    assert common.folder_hash(folder) != before
+
+
 def test_random_model_has_the_published_configuration():
     tool = load("tools/make_random_t2v.py")
     counts = {part: sum(p.numel() for p in tool.make(part).parameters()) for part in PARTS}

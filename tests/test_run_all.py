@@ -125,6 +125,9 @@ def test_all_of_own_videos_goes_as_far_as_they_do(commands, tmp_path):
         lines = commands("mine", "all", "--data-root", tmp_path / "D")
         ipcs = [int(line.split()[2]) for line in lines if line.startswith("03")]
         assert max(ipcs) == last, held
+    shutil.rmtree(tmp_path / "D/mine/test")
+    assert commands("mine", "all", "--data-root", tmp_path / "D", "--01", "--val 0.7", code=2) == []
+    assert "5 training clips of each class, not 4" in commands.text
 
 
 @pytest.mark.parametrize("dataset", ["demo", "hmdb51"])
@@ -247,6 +250,7 @@ def test_misuse_and_failure(commands):
     for words in (
         ["demo", "all", "--quick"],
         ["demo", "all", "--03", "--guidance 0.3"],
+        ["demo", "all", "--04", "--frames continuous"],
         ["demo", "0"],
         ["demo", "5", "6"],
         ["--from", "0"],

@@ -12,7 +12,11 @@ ipcs=(1 5 10 20) few=() dancing="" measured=naive,knoise,gvd
 [ "$dataset" != demo ] || ipcs=(1 5 10)
 if [ -d "$data_root/$dataset/train" ]; then # one's own videos: as far as the smallest class goes
   least=$(for c in "$data_root/$dataset"/train/*/; do find "$c" -type f ! -name '.*' | wc -l; done | sort -n | head -n 1)
-  [ -d "$data_root/$dataset/test" ] || least=$((least * 4 / 5)) # the rest is held back
+  share=0 # that is held back
+  [ -d "$data_root/$dataset/test" ] || share=0.2
+  [[ ! "${options[01]}" =~ --val[=\ ]+([0-9.]+) ]] || share="${BASH_REMATCH[1]}"
+  least=$(awk "BEGIN { print int($least * (1 - $share)) }")
+  [ "$least" -ge 5 ] || fail "all needs 5 training clips of each class, not $least"
   for i in "${!ipcs[@]}"; do [ "${ipcs[i]}" -le "$least" ] || unset "ipcs[i]"; done
 fi
 options[metrics.py]="${options[coresets.py]:-}"

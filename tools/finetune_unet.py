@@ -278,7 +278,8 @@ def main(args):
     inputs |= {"latents": contract.digest(latents), "prompts": contract.digest(prompts)}
     names = ("steps", "batch", "lr", "lora", "limit", "classes", "device", "dtype")
     parameters = {name: getattr(args, name) for name in names}
-    output = contract.Output(args, f"03_unet/{args.name}", parameters, inputs, FILES)
+    folder, check = f"03_unet/{args.name}", lambda: common.load_tokenizer(model, prompts)
+    output = contract.Output(args, folder, parameters, inputs, FILES, check=check)
     if not output.todo:
         return
     path = output.folder / ".checkpoint.pt"

@@ -7,12 +7,13 @@ noise. tools/bench.py makes the same networks in memory.
 Writes:  FOLDER/{vae,text_encoder,tokenizer,unet,scheduler}, model_index.json: 3.7 GB
 Run:     python tools/make_random_t2v.py random_t2v
          python 01_encode_latents.py hmdb51 --model random_t2v
-         python 03_guided_sample.py hmdb51 1 --model random_t2v --unet published
+         python 03_guided_sample.py hmdb51 1 --model random_t2v --unet published --prompt-file none
 Cost:    40 s on two CPU cores, 3.2 GB of memory: one part at a time. The commands above for one video
          (--classes, --limit 1, --draws 1, --steps 2, --dtype bfloat16), on two busy cores: 140 s and 510 s,
          5.4 and 10.4 GB of memory
 Expect:  1,411,233,860 weights in the U-Net, 83,653,863 in the VAE, 340,387,840 in the text encoder
-Differs: without --tokenizer, CLIP's vocabulary is replaced by one of single characters at the same size
+Differs: without --tokenizer, CLIP's vocabulary is replaced by one of single characters at the same size, in
+         which the prompts are too long: hence `none`
 """
 
 import argparse

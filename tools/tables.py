@@ -152,6 +152,8 @@ def making(result, dataset, unet):
         found += [f"{key} {used[key]}" for key in usual if used.get(key, usual[key]) != usual[key]]
         found += [f"--set {used.get('set')}"] * ("set" in used)  # of a baseline
         found += ["another U-Net"] * (unet is not None and used.get("unet", unet) != unet)
+    size, usual = made.get("03_samples", {}).get("size"), media.DATASETS.get(dataset, {}).get("size")
+    found += [f"size {size}"] * (None not in (size, usual) and tuple(size) != usual)
     return list(dict.fromkeys(found))
 
 

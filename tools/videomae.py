@@ -6,7 +6,6 @@ to classify videos will do; without --teacher it is the data set's own.
 
 import contract
 
-import re
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -128,7 +127,7 @@ def output_columns(network, classes, folder):
     """
 
     def plain(text):
-        return re.sub(r"[^a-z0-9]", "", text.lower())
+        return "".join(filter(str.isalnum, text.lower()))
 
     outputs, labels = {}, network.config.id2label
     for column, label in labels.items():
