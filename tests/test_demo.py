@@ -307,6 +307,31 @@ def test_validation_table_is_of_committed_results():
         assert f"| {name} | {' | '.join(cells)} |" in text
 
 
+def test_measured_figures_in_the_readme():
+    text, folder = (REPO / "demo/README.md").read_text("utf-8"), REPO / "results/demo_models"
+    rows = contract.read(folder / "take_over.csv")
+    cells = [f"{float(row['top1_mean']):.1f} ± {float(row['top1_std']):.1f}" for row in rows]
+    assert f"| top-1 % | {' | '.join(cells)} |" in text
+    found = contract.read(folder / "measured.json")
+    sets, pair = found["samples recognised, %"], found["order pair, top-1 % by the frames seen"]
+    parts = {
+        "%": [[pair[order]["mean"] for order in ("in-order", "shuffled", "one")]]
+        + [[sets[name][key] for name in ("gvd", "naive")] for key in ("all classes", "order pair")]
+        + [[found["classes told by mean colours, %"][name] for name in ("gvd", "naive", "drawn clips")]],
+        "dB": [[found["autoencoder on test clips, dB"]["mean"]]],
+    }
+    distance = found["distance to the nearest training clip, grey levels"]
+    parts["grey levels"] = [
+        [distance[name]["median"] for name in ("gvd samples", "naive samples", "test clips")]
+    ]
+    for unit, lines in parts.items():
+        for values in lines:
+            assert f"| {'; '.join(f'{value:.1f}' for value in values)} {unit} |" in text, values
+    errors = found["error of predicted clips, of their variance, by timestep and caption"]
+    right = [f"{errors[t]['right']:.2f}" for t in ("500", "800", "900", "999")]
+    assert f"| {'; '.join(right)} |" in text
+
+
 def test_contact_sheet(sampled, tmp_path, monkeypatch):
     place, shown, module = sampled.copy(tmp_path / "work"), {}, load("demo/contact_sheet.py")
     draw = module.draw
