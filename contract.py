@@ -292,7 +292,7 @@ def code_identity(script):
 
 
 def differences(old, new):
-    """What makes one identity another, as strings. An input that only one of them has is an extent."""
+    """How two identities differ, as strings. An input that only one of them has does not count."""
     found = [f"input {name} changed" for name, h in new["inputs"].items() if old["inputs"].get(name, h) != h]
     for part in ("parameters", "code"):
         for name in sorted({*old[part], *new[part]}):

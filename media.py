@@ -59,10 +59,10 @@ DATASETS = {
 
 
 def find_data_set(args):
-    """The entry of args.dataset in DATASETS, or by any other name one's own: a class is a folder of train/.
+    """The entry of args.dataset in DATASETS, or else one's own data set, whose classes are folders of train/.
 
-    Its frames have HMDB51's sizes. Of all, the generator's frame is the --size of the last run of stage 01,
-    as one's own test split is that --val.
+    One's own has HMDB51's sizes. The generator's frame is always the --size of stage 01's last run, and one's
+    own test split its --val.
     """
     root, made = args.data_root / args.dataset, args.work_dir / args.dataset / "01_latents"
     record = read_record(made, f"rm {made / 'manifest.json'}")
@@ -284,7 +284,7 @@ def av_frames(path, wanted):
 def is_whole(path):
     """Whether nothing of an .avi, .mp4, .mkv or .webm file is cut off.
 
-    Some state frames that are never shown, or only how long they are, with their sound.
+    Header frame counts do not tell: some include frames never shown, others give only the duration.
     """
     import av
 

@@ -6,7 +6,7 @@ which are learnt too, ridge regression predicts the targets one-hot - 1/K of a b
   prediction = Ft Fs' (Fs Fs' + 1e-6 trace(Fs Fs') / n I)^-1 Y
   loss = mean over real clips of |prediction - target|^2 + mean over rows of Y of -min(top1 - top2, 1/K)
 
-Then that network learns one step on the synthetic clips. It is made anew when it has learnt max_age steps.
+Then that network trains for one step on the synthetic clips. It is reinitialised after max_age steps.
 
 Reads:   work/<data set>/01_clips/train/; --dynamic: 04_distilled/ipc<K>/static_dc/
 Writes:  work/<data set>/04_distilled/ipc<K>/{frepo,frepo+d}/<class>.npy float16 [K, 1, 16, S, S, 3], grey

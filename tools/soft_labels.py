@@ -1,7 +1,7 @@
 """Soft labels: the logits that a VideoMAE gives each video of a set (section 3.5), for 05 --labels soft.
 
-The teacher sees a video as the network does before its flips, at network size, resized to its own. For sets
-of real clips it is asked once, about all training clips. Once the logits are there it is not needed any more.
+The teacher sees a video as the network does before flipping, at network size, resized to the teacher's.
+Real clips are labelled once, for all training clips. With the logits stored, the teacher is no longer needed.
 
 Reads:   the set --train-on, as stage 05 does: 01_clips/train, 04_distilled/ipc<K>/<set>, <set>/<class>/*.mp4;
          --teacher: a VideoMAE fine-tuned on the data set, a folder or hub name (miniucf, ucf101: a published
